@@ -1,0 +1,1 @@
+"""Adaptive SVD on an unmodified nanochat checkout."""

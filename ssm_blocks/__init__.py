@@ -1,0 +1,1 @@
+"""Seven swappable state-space sequence mixers."""

@@ -1,0 +1,211 @@
+"""Every setting of a run, as frozen dataclasses. No torch import: `--help` and the login node stay fast.
+
+Leaf names are unique across the groups because the command line flattens them (`--depth`, not `--model.depth`).
+A wrong value raises ValueError that says what to change.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Variant = Literal["2026", "2025"]
+SVDPreset = Literal["conservative", "fast", "off"]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The network. One dial, `depth`; width is 64 x depth and the number of heads follows."""
+
+    depth: int = 4
+    """Number of transformer blocks; width = 64 x depth."""
+    variant: Variant = "2026"
+    """2026: value embeddings, residual lambdas, smear, back-out, sliding windows. 2025: without them."""
+    max_seq_len: int = 512
+    """Context length in tokens."""
+    vocab_size: int = 4096
+    """Vocabulary of the trained tokenizer, special tokens included. 0: bytes."""
+    window_pattern: str = "SSSL"
+    """Attention windows, tiled over the layers: S = a quarter of the context, L = all of it. The last layer is always L."""
+
+    def __post_init__(self) -> None:
+        _require(self.depth >= 1, f"--depth must be at least 1, got {self.depth}")
+        _require(self.max_seq_len >= 2, f"--max-seq-len must be at least 2, got {self.max_seq_len}")
+        _require(
+            self.vocab_size == 0 or 300 <= self.vocab_size <= 65536,
+            f"--vocab-size must be 0 (bytes) or from 300 to 65536 (tokens are stored as uint16), got {self.vocab_size}",
+        )
+        _require(
+            len(self.window_pattern) > 0 and set(self.window_pattern) <= set("SL"),
+            f"--window-pattern takes only the letters S and L, got {self.window_pattern!r}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the text comes from."""
+
+    data: str = "stdlib"
+    """`stdlib`, a directory of parquet shards (column `text`), a .txt or .jsonl file, or hf:NAME[:CONFIG]."""
+    max_train_tokens: int = 100_000_000
+    """Tokenise at most this many training tokens into the cache."""
+    cache_dir: str = ""
+    """Tokenised text and tokenizers. Default: $SVDTRAIN_CACHE or ~/.cache/svdtrain."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """MuonAdamW and its schedules, with nanochat's names. Learning rates are for 524,288 tokens a step and are
+    scaled by the square root of the batch ratio."""
+
+    matrix_lr: float = 0.02
+    """Muon learning rate of the matrices."""
+    embedding_lr: float = 0.3
+    """AdamW learning rate of the embeddings."""
+    unembedding_lr: float = 0.008
+    """AdamW learning rate of the output head."""
+    scalar_lr: float = 0.5
+    """AdamW learning rate of the residual scalars."""
+    weight_decay: float = 0.28
+    """Cautious weight decay of the matrices."""
+    warmup_steps: int = 40
+    """Linear warm-up of the learning rate, in steps."""
+    warmdown_ratio: float = 0.65
+    """Share of the steps over which the learning rate falls."""
+    final_lr_frac: float = 0.05
+    """Learning rate at the last step, as a share of the first."""
+    clip_grad_norm: float = 0.0
+    """Clip the global gradient norm to this value; 0 switches it off."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.warmdown_ratio <= 1, f"--warmdown-ratio must lie in [0, 1], got {self.warmdown_ratio}")
+        _require(self.clip_grad_norm >= 0, f"--clip-grad-norm must not be negative, got {self.clip_grad_norm}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The loop: how long, how large, how often."""
+
+    num_iterations: int = 400
+    """Number of optimizer steps."""
+    device_batch_size: int = 4
+    """Sequences per micro-batch on one device."""
+    total_batch_size: int = 2048
+    """Tokens per optimizer step, over all devices. Must divide by device_batch_size x max_seq_len x devices."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """Arithmetic of the activations; auto takes bf16 where the processor has it in hardware."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile the model; auto: on a GPU."""
+    seed: int = 1337
+    """Seed of the weights and of the data order."""
+    eval_every: int = 100
+    """Evaluate validation bits per byte every N steps; 0: only at the end."""
+    eval_tokens: int = 40_960
+    """Validation tokens per evaluation."""
+    sample_every: int = 0
+    """Print a sample every N steps; 0: only at the end."""
+    save_every: int = 0
+    """Save a checkpoint every N steps; 0: only at the end."""
+    keep_checkpoints: int = 2
+    """Number of newest checkpoints to keep; at least 2."""
+    log_every: int = 1
+    """Write a training record every N steps."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_iterations >= 1, f"--num-iterations must be at least 1, got {self.num_iterations}")
+        _require(self.device_batch_size >= 1, f"--device-batch-size must be at least 1, got {self.device_batch_size}")
+        _require(self.keep_checkpoints >= 2, "--keep-checkpoints must be at least 2, so that one survives a bad save")
+        for name in ("eval_every", "sample_every", "save_every"):
+            _require(getattr(self, name) >= 0, f"--{name.replace('_', '-')} must not be negative")
+        _require(self.log_every >= 1, f"--log-every must be at least 1, got {self.log_every}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyThresholds:
+    """The numbers that the decision compares against. Shares are of ||G||_F^2, angles in radians."""
+
+    danger: float
+    """Principal share of the gradient above which training clobbers."""
+    safe: float
+    """Minor share of the gradient above which low-rank training loses nothing."""
+    angle: float
+    """Largest principal angle between two analyses below which the subspace counts as stable, radians."""
+    reconstruction: float = 0.01
+    """Relative Frobenius error below which the rank-r approximation is safe."""
+
+
+SVD_PRESETS: dict[str, PolicyThresholds] = {
+    "conservative": PolicyThresholds(danger=0.4, safe=0.6, angle=0.1),
+    "fast": PolicyThresholds(danger=0.3, safe=0.5, angle=0.15),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SVDConfig:
+    """The adaptive-SVD method. Also the third argument of `svdtrain.attach`."""
+
+    svd_preset: SVDPreset = "fast"
+    """Thresholds of the decision; off: no analysis, no switching."""
+    svd_targets: str = "attn"
+    """attn, mlp, all, or a regular expression searched in the parameter name."""
+    svd_interval: int = 20
+    """Steps between two full analyses."""
+    svd_warmup: int = 10
+    """Steps before the first decision."""
+    svd_min_rank: int = 8
+    """The rank r of the trained part never falls below this."""
+    svd_adapter: Literal["auto", "reregister", "shadow"] = "auto"
+    """How B and A reach the optimizer; auto: reregister in our trainer, shadow in a foreign loop."""
+    svd_moments: Literal["map", "reset"] = "map"
+    """Optimizer moments of B and A at a switch: mapped from W's by the chain rule, or zero."""
+    svd_switching: bool = True
+    """False: watch only, never switch."""
+
+    def __post_init__(self) -> None:
+        _require(self.svd_interval >= 1, f"--svd-interval must be at least 1, got {self.svd_interval}")
+        _require(self.svd_min_rank >= 1, f"--svd-min-rank must be at least 1, got {self.svd_min_rank}")
+        _require(self.svd_warmup >= 0, f"--svd-warmup must not be negative, got {self.svd_warmup}")
+
+    @property
+    def thresholds(self) -> PolicyThresholds:
+        """Thresholds of the chosen preset (those of `conservative` when the preset is off)."""
+        return SVD_PRESETS.get(self.svd_preset, SVD_PRESETS["conservative"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything a run needs; saved as config.json in its directory."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    svd: SVDConfig = field(default_factory=SVDConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain dictionaries, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RunConfig:
+        """Inverse of `to_dict`; raises ValueError on a key that does not exist."""
+        groups = {f.name: f for f in dataclasses.fields(cls)}
+        unknown = set(values) - set(groups)
+        _require(not unknown, f"unknown configuration group(s): {sorted(unknown)}; known: {sorted(groups)}")
+        return cls(**{name: _build_group(groups[name], given) for name, given in values.items()})
+
+
+def _build_group(group: dataclasses.Field, given: dict[str, Any]) -> Any:
+    group_class: Any = group.default_factory
+    known = {f.name for f in dataclasses.fields(group_class)}
+    unknown = set(given) - known
+    _require(not unknown, f"unknown setting(s) in {group.name!r}: {sorted(unknown)}; known: {sorted(known)}")
+    return group_class(**given)

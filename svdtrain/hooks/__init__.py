@@ -1,0 +1,1 @@
+"""What plugs into the trainer: adaptive SVD, evaluation, samples, guards, sinks."""

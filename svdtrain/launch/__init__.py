@@ -1,0 +1,1 @@
+"""`svd-launch`: clusters. Imports no torch."""

@@ -1,0 +1,1 @@
+"""`svd-monitor`: the live view of a run. Imports no torch."""

@@ -1,0 +1,1 @@
+"""MuonAdamW, its parameter groups and the schedules."""

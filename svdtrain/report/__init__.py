@@ -1,0 +1,1 @@
+"""`svd-report`: figures and the page."""

@@ -1,0 +1,1 @@
+"""Pure functions on tensors: decompositions and what they mean. Imports torch only."""
