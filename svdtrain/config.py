@@ -32,7 +32,7 @@ class ModelConfig:
     vocab_size: int = 4096
     """Vocabulary of the trained tokenizer, special tokens included. 0: bytes."""
     window_pattern: str = "SSSL"
-    """Attention windows, tiled over the layers: S = a quarter of the context, L = all of it. The last layer is always L."""
+    """Attention windows, tiled over the layers: S = a quarter of the context, L = all. The last layer is always L."""
 
     def __post_init__(self) -> None:
         _require(self.depth >= 1, f"--depth must be at least 1, got {self.depth}")
