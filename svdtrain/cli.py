@@ -1,0 +1,225 @@
+"""The `svdtrain` command: flags to configuration, errors to one line, exit codes.
+
+Exit codes: 0 finished, 1 stopped because training broke (non-finite three times), 2 the user has to change something,
+130 interrupted by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+from svdtrain.config import (
+    PRESETS,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    SVDConfig,
+    TrainConfig,
+    defaults_for_depth,
+    merge_settings,
+)
+from svdtrain.runlog import newest_run
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+RUNS = Path("runs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Where the run lives and how it starts."""
+
+    run_dir: str = ""
+    """Run directory; default runs/d<depth>-<date>-<time>."""
+    resume: Literal["no", "auto"] = "no"
+    """auto: go on from the newest checkpoint of --run-dir (default: the newest run), or start if there is none."""
+    preset: str = ""
+    """Named starting point: d4, d12, d20, d20-2026. --config and flags go on top."""
+    config: str = ""
+    """JSON file of settings (such as another run's config.json). Flags go on top."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Train a GPT on real text while adaptive SVD watches and switches its matrices.
+
+    The least you can type: `svdtrain --depth 4 --device cpu`.
+    """
+
+    run: RunOptions = field(default_factory=RunOptions)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    svd: SVDConfig = field(default_factory=SVDConfig)
+
+    def run_config(self) -> RunConfig:
+        """The part that is saved with the run."""
+        return RunConfig(model=self.model, data=self.data, optim=self.optim, train=self.train, svd=self.svd)
+
+
+def parse_arguments(argv: Sequence[str]) -> Arguments:
+    """Flags on top of --config on top of --preset on top of what --depth implies.
+
+    Raises ValueError for an unknown flag, preset or setting; SystemExit for --help and malformed values.
+    """
+    _reject_unknown_flags(argv)
+    preset, config_path, depth = (_peek(argv, flag) for flag in ("--preset", "--config", "--depth"))
+    settings = defaults_for_depth(int(depth)) if depth.isdigit() else {}
+    if preset:
+        if preset not in PRESETS:
+            raise ValueError(f"--preset {preset!r} does not exist; choose one of {', '.join(PRESETS)}")
+        settings = merge_settings(settings, PRESETS[preset])
+    if config_path:
+        settings = merge_settings(settings, _read_config_file(Path(config_path)))
+    base = RunConfig.from_dict(settings)
+    default = Arguments(model=base.model, data=base.data, train=base.train, optim=base.optim, svd=base.svd)
+    return tyro.cli(Arguments, prog="svdtrain", args=list(argv), default=default, config=(tyro.conf.OmitArgPrefixes,))
+
+
+def flag_names() -> list[str]:
+    """Every flag of the command, `--no-` forms of switches included."""
+    names = []
+    for group in dataclasses.fields(Arguments):
+        for leaf in dataclasses.fields(group.default_factory):  # type: ignore[arg-type]
+            flag = leaf.name.replace("_", "-")
+            names += [f"--{flag}", f"--no-{flag}"] if isinstance(leaf.default, bool) else [f"--{flag}"]
+    return names
+
+
+def _reject_unknown_flags(argv: Sequence[str]) -> None:
+    known = [*flag_names(), "--help", "--tyro-print-completion", "--tyro-write-completion"]
+    for token in argv:
+        flag = token.split("=", 1)[0].replace("_", "-")
+        if token.startswith("--") and flag not in known:
+            close = difflib.get_close_matches(flag, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else "svdtrain --help lists all flags"
+            raise ValueError(f"unknown flag {token.split('=', 1)[0]}; {hint}")
+
+
+def _peek(argv: Sequence[str], flag: str) -> str:
+    """Value of a flag before the real parsing, empty if it is not given."""
+    for position, token in enumerate(argv):
+        if token == flag and position + 1 < len(argv):
+            return argv[position + 1]
+        if token.startswith(flag + "="):
+            return token.split("=", 1)[1]
+    return ""
+
+
+def _read_config_file(path: Path) -> dict:
+    try:
+        values = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"--config {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"--config {path} is no JSON: {error}") from error
+    if not isinstance(values, dict) or not all(isinstance(group, dict) for group in values.values()):
+        raise ValueError(f"--config {path}: expected groups of settings, as in a run's config.json")
+    return values
+
+
+def choose_run_directory(options: RunOptions, depth: int) -> Path:
+    """Directory of the run. Raises ValueError if a new run would land in an old one."""
+    if options.run_dir:
+        path = Path(options.run_dir)
+    elif options.resume == "auto" and (newest := newest_run(RUNS)) is not None:
+        return newest
+    else:
+        return _fresh(RUNS / f"d{depth}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if options.resume == "no" and (path / "metrics.jsonl").exists():
+        raise ValueError(
+            f"--run-dir {path} already holds a run; add --resume auto to go on, or choose another directory"
+        )
+    return path
+
+
+def _fresh(path: Path) -> Path:
+    """The path itself, or with a number behind it if two runs start in the same second."""
+    candidates = [path, *(path.with_name(f"{path.name}-{i}") for i in range(2, 1000))]
+    return next(candidate for candidate in candidates if not candidate.exists())
+
+
+SETTINGS_THAT_MUST_MATCH = {
+    "model": None,
+    "data": ("data", "max_train_tokens"),
+    "train": ("total_batch_size", "seed"),
+}
+"""Settings that cannot change on resume, because weights or data order would no longer fit; None: the whole group."""
+
+
+def check_resumable(saved: dict | None, config: RunConfig, path: Path) -> None:
+    """Raise ValueError if the run in `path` was made with settings that this one may not change."""
+    if saved is None:
+        return
+    now = config.to_dict()
+    for group, names in SETTINGS_THAT_MUST_MATCH.items():
+        for name in names or now[group]:
+            before = saved.get(group, {}).get(name)
+            if before != now[group][name]:
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(
+                    f"cannot resume {path}: it was made with {flag} {before}, now {now[group][name]}; "
+                    f"give the same value or choose another --run-dir"
+                )
+
+
+def run(arguments: Arguments, console: Console) -> int:
+    """Train; returns the exit code."""
+    config = arguments.run_config()
+    path = choose_run_directory(arguments.run, config.model.depth)
+    resuming = arguments.run.resume == "auto"
+
+    from svdtrain.build import build_trainer  # torch is imported here, after everything a typing error can stop
+    from svdtrain.runlog import RunDirectory
+
+    if resuming:
+        check_resumable(RunDirectory(path, writable=False).read_config(), config, path)
+    trainer = build_trainer(config, path, console)
+    trainer.state.run.write_config(config.to_dict())
+    trainer.fit(resume=resuming)
+    if trainer.state.stop_reason.startswith("non-finite"):
+        steps = trainer.store.steps()
+        good = (
+            trainer.store.directory(steps[-1]) if steps else "none (no checkpoint was saved before; see --save-every)"
+        )
+        console.print(f"training stopped: {trainer.state.stop_reason}; last good checkpoint: {good}", style="bold red")
+        return 1
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the console script."""
+    from rich.console import Console
+
+    console = Console()
+    warnings.showwarning = lambda message, *_args, **_kwargs: console.print(
+        f"WARNING {message}", style="yellow", markup=False
+    )
+    try:
+        return run(parse_arguments(sys.argv[1:] if argv is None else argv), console)
+    except KeyboardInterrupt:
+        console.print(
+            "interrupted; finished steps since the last checkpoint are lost (see --save-every)", style="yellow"
+        )
+        return 130
+    except (ValueError, FileNotFoundError, PermissionError) as error:
+        print(f"svdtrain: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

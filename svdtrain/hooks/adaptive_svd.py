@@ -1,0 +1,70 @@
+"""Adaptive SVD as one hook among others: the trainer itself knows nothing of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from svdtrain.adaptive.controller import AdaptiveSVD, Change
+from svdtrain.config import SVDConfig
+from svdtrain.trainer.hooks import Hook, Priority
+from svdtrain.trainer.state import ParamsChange, TrainState
+
+
+class AdaptiveSVDHook(Hook):
+    """Runs the controller at the right moments of the step and publishes what it saw and did."""
+
+    name = "adaptive_svd"
+    priority = Priority.OBSERVE
+
+    def __init__(self, config: SVDConfig) -> None:
+        self.config = config
+        self.controller: AdaptiveSVD | None = None
+        self._saved: dict[str, Any] | None = None
+
+    def on_restore(self, state: TrainState) -> None:
+        """The optimizer exists and holds no moments yet: its layout can be brought back before they are loaded."""
+        self.controller = AdaptiveSVD(state.model, state.optimizer, self.config)
+        if self._saved is not None:
+            self.controller.load_state_dict(self._saved)
+        self._publish_substitutes(state)
+
+    def on_backward_end(self, state: TrainState) -> None:
+        self._running.project_gradients()
+
+    def on_optimizer_step_end(self, state: TrainState, stepped: bool) -> None:
+        changes = self._running.after_step(state.step, stepped)
+        self._publish_substitutes(state)
+        for change in changes:
+            state.params_changed(_public(change))
+        self._publish_log(state)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._running.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._saved = state
+
+    @property
+    def _running(self) -> AdaptiveSVD:
+        assert self.controller is not None, "on_restore was not called"
+        return self.controller
+
+    def _publish_substitutes(self, state: TrainState) -> None:
+        state.substitutes = self._running.substitutes()
+
+    def _publish_log(self, state: TrainState) -> None:
+        if self._running.analysed_at == state.step:
+            state.log("svd", self._running.metrics())
+        for event in self._running.drain_events():
+            state.alert(event["level"], event["rule"], event["message"])
+
+
+def _public(change: Change) -> ParamsChange:
+    return ParamsChange(
+        name=change.name,
+        kind=change.kind,
+        r_old=change.r_old,
+        r_new=change.r_new,
+        reason=change.reason,
+        diagnostics=change.diagnostics,
+    )

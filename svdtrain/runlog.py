@@ -1,0 +1,164 @@
+"""The run directory: its layout, the record schema of metrics.jsonl, and safe ways to write and read both. No torch.
+
+    runs/<name>/
+      config.json       the resolved configuration
+      metrics.jsonl     one flat record a line, flushed per line; the truth of the run
+      checkpoints/      step_000500/ ..., and `latest`
+      code/             (cluster runs) snapshot of the sources
+
+Every record has `kind`, `step` (optimizer steps completed), `time` (Unix seconds) and `restart` (0 for the first
+process of a run, 1 after the first resume ...). Kinds: start, resume, train, eval, svd, switch, alert, sample, checkpoint, end.
+A step that is repeated after a resume appears once per restart; readers keep the newest restart.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+Record = dict[str, Any]
+
+NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+def encode_record(record: Record) -> str:
+    """One line of strict JSON. Non-finite floats become the strings nan, inf and -inf, which JSON itself cannot say."""
+    return json.dumps({key: _encode_value(value) for key, value in record.items()}, allow_nan=False)
+
+
+def decode_record(line: str) -> Record | None:
+    """Inverse of `encode_record`; None for a line that is torn or no record."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(record, dict) or "kind" not in record:
+        return None
+    return {key: NON_FINITE.get(value, value) if isinstance(value, str) else value for key, value in record.items()}
+
+
+def _encode_value(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "nan" if math.isnan(value) else ("inf" if value > 0 else "-inf")
+    if isinstance(value, dict):
+        return {key: _encode_value(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_encode_value(inner) for inner in value]
+    return value
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """Every whole record of a metrics file; a torn last line is its end, a torn inner line is passed over."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            record = decode_record(line) if line.endswith("\n") else None
+            if record is not None:
+                yield record
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader, or a crash, sees either the old content or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp.{os.getpid()}")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    fsync_directory(path.parent)
+
+
+def atomic_symlink(target: str, link: Path) -> None:
+    """Point `link` at `target`, replacing an older link in one step."""
+    temporary = link.with_name(f".{link.name}.tmp.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    os.replace(temporary, link)
+
+
+def fsync_directory(path: Path) -> None:
+    """Make renames inside a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class RunDirectory:
+    """Paths of one run and the open metrics file. Only rank 0 writes (`writable`)."""
+
+    def __init__(self, path: Path, *, writable: bool = True) -> None:
+        self.path = path
+        self.writable = writable
+        self.restart = 0
+        self._file: IO[str] | None = None
+        if writable:
+            path.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def config_path(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints_path(self) -> Path:
+        return self.path / "checkpoints"
+
+    def write_config(self, config: dict[str, Any]) -> None:
+        """Save the resolved configuration and let `runs/latest` (beside the run) point here."""
+        if not self.writable:
+            return
+        atomic_write_text(self.config_path, json.dumps(config, indent=2) + "\n")
+        atomic_symlink(self.path.name, self.path.parent / "latest")
+
+    def read_config(self) -> dict[str, Any] | None:
+        """The saved configuration, or None where there is none."""
+        return json.loads(self.config_path.read_text()) if self.config_path.exists() else None
+
+    def open_metrics(self) -> None:
+        """Open metrics.jsonl for appending; a torn last line, left by a kill, is ended first; counts the restart."""
+        if not self.writable:
+            return
+        if self.metrics_path.exists():
+            starts = sum(record["kind"] in ("start", "resume") for record in read_records(self.metrics_path))
+            self.restart = starts
+        self._file = open(self.metrics_path, "a", encoding="utf-8")  # noqa: SIM115 - stays open for the whole run
+        if self._file.tell() > 0 and _last_byte(self.metrics_path) != b"\n":
+            self._file.write("\n")
+
+    def append(self, kind: str, step: int, fields: Record | None = None) -> None:
+        """Write one record and flush it, so that a kill loses nothing and a monitor sees it at once."""
+        if self._file is None:
+            return
+        record = {"kind": kind, "step": step, "time": round(time.time(), 3), "restart": self.restart, **(fields or {})}
+        self._file.write(encode_record(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the metrics file; further records are dropped."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _last_byte(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1)
+
+
+def newest_run(runs: Path) -> Path | None:
+    """The run that `runs/latest` points at, else the one written last; None if there is none."""
+    latest = runs / "latest"
+    if latest.exists():
+        return latest.resolve()
+    candidates = [p.parent for p in runs.glob("*/metrics.jsonl")] if runs.is_dir() else []
+    return max(candidates, key=lambda p: (p / "metrics.jsonl").stat().st_mtime, default=None)
