@@ -211,7 +211,7 @@ def _describe(state: TrainState, data: PreparedData, console: Console) -> None:
         f"data: {config.data.data}, {data.train.num_tokens:,} training tokens, {data.val.num_tokens:,} for validation",
         f"training: {state.num_iterations:,} steps of {config.train.total_batch_size:,} tokens = {tokens:,} tokens, "
         f"on {state.world.size} x {state.device.type} ({where})",
-        f"adaptive SVD: {config.svd.svd_preset}, targets {config.svd.svd_targets}, every {config.svd.svd_interval} steps",
+        f"adaptive SVD: {config.svd.svd_preset} on {config.svd.svd_targets}, every {config.svd.svd_interval} steps",
         f"run directory: {state.run.path}",
     ]
     for line in lines:

@@ -7,7 +7,8 @@
       code/             (cluster runs) snapshot of the sources
 
 Every record has `kind`, `step` (optimizer steps completed), `time` (Unix seconds) and `restart` (0 for the first
-process of a run, 1 after the first resume ...). Kinds: start, resume, train, eval, svd, switch, alert, sample, checkpoint, end.
+process of a run, 1 after the first resume ...). Kinds: start, resume, train, eval, svd, switch, alert, sample,
+checkpoint, end.
 A step that is repeated after a resume appears once per restart; readers keep the newest restart.
 """
 
