@@ -1,0 +1,189 @@
+"""Causal attention with an optional sliding window, by several kernels that compute the same thing.
+
+All take q [B, T, H, D] and k, v [B, T, H_kv, D] and return [B, T, H, D]. `window` is how many earlier positions a
+query sees besides itself; None means all of them. So query i attends to keys j with i - window <= j <= i.
+
+| backend | full layers | sliding windows | runs on |
+|---|---|---|---|
+| sdpa    | torch's fused causal kernel | the same with a boolean mask: no work saved | all |
+| chunked | as sdpa | blocks of `window` queries against two blocks of keys: cost T x 2 window | all |
+| flash   | flash attention 2 inside torch | its own window arguments: skips blocks | CUDA, bf16/fp16 |
+| cudnn   | cuDNN's fused causal kernel | not available: raises | CUDA, bf16/fp16 |
+| flex    | flex_attention | block mask: skips blocks | CUDA; CPU for tests |
+
+`A+B` takes A for sliding windows and B for full layers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+Attend = Callable[[Tensor, Tensor, Tensor, "int | None", float], Tensor]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, backend: str = "auto") -> Tensor:
+    """Causal attention of q [B, T, H, D] over k, v [B, T, H_kv, D]; see the module's table for `backend`.
+
+    Raises ValueError for an unknown backend.
+    """
+    if window is not None and window >= q.size(1) - 1:
+        window = None  # the window reaches the start from every query
+    name = resolve_backend(backend, q.device, q.dtype, windowed=window is not None)
+    return _BACKENDS[name](q, k, v, window, scale)
+
+
+def check_backend(backend: str) -> str:
+    """Return `backend` unchanged; ValueError unless it is `auto`, a known name, or two known names joined by `+`."""
+    names = backend.split("+")
+    if backend != "auto" and not (len(names) <= 2 and set(names) <= set(_BACKENDS)):
+        raise ValueError(f"unknown attention backend {backend!r}; choose auto, one of {sorted(_BACKENDS)}, or A+B")
+    return backend
+
+
+def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, *, windowed: bool) -> str:
+    """The concrete backend for one layer."""
+    if backend == "auto":
+        half = dtype in (torch.bfloat16, torch.float16)
+        backend = "flash+sdpa" if device.type == "cuda" and half else "chunked"
+    check_backend(backend)
+    return backend.split("+")[0 if windowed else -1]
+
+
+def attend_cached(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor:
+    """Attention of the newest T queries [B, T, H, D] over all S >= T keys and values [B, S, H_kv, D] of a cache."""
+    length, total = q.size(1), k.size(1)
+    if window is not None and total > length + window:
+        k, v = k[:, total - length - window :], v[:, total - length - window :]  # nothing older is visible
+        total = k.size(1)
+    mask = None if length == 1 else window_mask(length, total, window, q.device)
+    return _sdpa(q, k, v, scale, mask=mask)
+
+
+def window_mask(length: int, total: int, window: int | None, device: torch.device) -> Tensor:
+    """Boolean [length, total]: which keys the last `length` of `total` positions see; True = visible."""
+    rows = torch.arange(total - length, total, device=device)[:, None]
+    columns = torch.arange(total, device=device)[None, :]
+    visible = columns <= rows
+    return visible if window is None else visible & (rows - columns <= window)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    y = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=causal,
+        scale=scale,
+        enable_gqa=q.size(2) != k.size(2),
+    )
+    return y.transpose(1, 2)
+
+
+def _chunk_mask(num_chunks: int, window: int, device: torch.device) -> Tensor:
+    """Boolean [num_chunks, 1, window, 2 window] for queries of a chunk over (previous chunk, own chunk)."""
+    mask = window_mask(window, 2 * window, window, device).repeat(num_chunks, 1, 1)
+    mask[0, :, :window] = False  # before the first chunk there is nothing
+    return mask[:, None]
+
+
+def _block_mask(length: int, window: int | None, device: torch.device) -> BlockMask:
+    def visible(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        return (column <= row) & (row - column <= (length if window is None else window))
+
+    return create_block_mask(visible, None, None, length, length, device=str(device))
+
+
+def _remembered(build: Callable[..., Any]) -> Callable[..., Any]:
+    """`build` with a cache. Inside torch.compile there is none: the mask is built in the graph, once per shape."""
+
+    @functools.lru_cache(maxsize=16)
+    def cached(*args: Any) -> Any:
+        with torch.inference_mode(False):  # a mask first needed in evaluation must also serve training
+            return build(*args)
+
+    def choose(*args: Any) -> Any:
+        return build(*args) if torch.compiler.is_compiling() else cached(*args)
+
+    return choose
+
+
+_window_mask = _remembered(window_mask)
+_chunk_mask_for = _remembered(_chunk_mask)
+_block_mask_for = _remembered(_block_mask)
+
+
+def _attend_sdpa(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor:
+    if window is None:
+        return _sdpa(q, k, v, scale, causal=True)
+    return _sdpa(q, k, v, scale, mask=_window_mask(q.size(1), q.size(1), window, q.device))
+
+
+def _attend_chunked(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor:
+    batch, length, heads, dim = q.shape
+    if window is None or length % window != 0:
+        return _attend_sdpa(q, k, v, window, scale)
+    num_chunks = length // window
+    queries = q.reshape(batch * num_chunks, window, heads, dim)
+    keys, values = (_with_previous_chunk(x, window) for x in (k, v))
+    mask = _chunk_mask_for(num_chunks, window, q.device)
+    y = _sdpa(queries, keys, values, scale, mask=mask.repeat(batch, 1, 1, 1))
+    return y.reshape(batch, length, heads, dim)
+
+
+def _with_previous_chunk(x: Tensor, window: int) -> Tensor:
+    """[B, T, H, D] -> [B T/window, 2 window, H, D]: every chunk behind its predecessor (zeros before the first)."""
+    batch, length, heads, dim = x.shape
+    padded = F.pad(x, (0, 0, 0, 0, window, 0))
+    chunks = padded.as_strided(
+        (batch, length // window, 2 * window, heads, dim),
+        (padded.stride(0), window * padded.stride(1), *padded.stride()[1:]),
+    )
+    return chunks.reshape(-1, 2 * window, heads, dim)
+
+
+def _attend_cudnn(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor:
+    if window is not None:
+        raise ValueError("backend cudnn has no sliding windows; use flash+cudnn or flex+cudnn")
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return _sdpa(q, k, v, scale, causal=True)
+
+
+def _attend_flash(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor:
+    """The kernel behind SDPA's flash backend, called directly because SDPA does not pass window sizes on."""
+    length = q.size(1)
+    left, right = (None, None) if window is None else (window, 0)
+    return torch.ops.aten._flash_attention_forward(
+        q, k, v, None, None, length, length, 0.0, True, False,
+        scale=scale, window_size_left=left, window_size_right=right,
+    )[0]  # fmt: skip
+
+
+def _attend_flex(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor:
+    mask = _block_mask_for(q.size(1), window, q.device)
+    kernel = flex_attention if torch.compiler.is_compiling() or q.device.type == "cpu" else _compiled_flex()
+    grouped = q.size(2) != k.size(2)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return kernel(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped).transpose(1, 2)
+
+
+@functools.lru_cache(maxsize=1)
+def _compiled_flex() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention, dynamic=False)
+
+
+_BACKENDS: dict[str, Attend] = {
+    "sdpa": _attend_sdpa,
+    "chunked": _attend_chunked,
+    "cudnn": _attend_cudnn,
+    "flash": _attend_flash,
+    "flex": _attend_flex,
+}

@@ -1,0 +1,302 @@
+"""A GPT whose weights are interchangeable with nanochat's, in its 2026 (92d63d4) and 2025 (b399e43) forms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from svdtrain.config import Variant
+from svdtrain.model.attention import CausalSelfAttention, MixerFactory
+from svdtrain.model.attention_backends import check_backend
+from svdtrain.model.initialize import init_2025, init_2026
+from svdtrain.model.kv_cache import KVCache
+from svdtrain.model.layers import MLP, Linear, rms_norm, rotary_tables
+from svdtrain.model.loss import chunked_head_loss, soft_cap, soft_cap_cross_entropy
+
+HEAD_DIM = 128
+SMEAR_CHANNELS = 24
+VOCAB_MULTIPLE = 64
+WINDOW_MULTIPLE = 128
+ROTARY_BASE = {"2026": 100_000.0, "2025": 10_000.0}
+ROTARY_LENGTH_FACTOR = 10  # positions prepared, in units of sequence_len, so that generation may run on
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTConfig:
+    """Shape of the network; names are nanochat's. Raises ValueError where heads and width do not fit."""
+
+    sequence_len: int
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_kv_head: int
+    n_embd: int
+    window_pattern: str = "SSSL"
+    variant: Variant = "2026"
+
+    def __post_init__(self) -> None:
+        if self.n_embd % self.n_head or (self.n_embd // self.n_head) % 2:
+            raise ValueError(f"width {self.n_embd} does not split into {self.n_head} heads of even size")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"{self.n_head} query heads cannot share {self.n_kv_head} key/value heads evenly")
+        if not self.window_pattern or set(self.window_pattern) - set("SL"):
+            raise ValueError(f"window_pattern takes only the letters S and L, got {self.window_pattern!r}")
+        if self.variant not in ROTARY_BASE:
+            raise ValueError(f"variant is one of {sorted(ROTARY_BASE)}, got {self.variant!r}")
+
+    @classmethod
+    def from_depth(
+        cls,
+        depth: int,
+        *,
+        vocab_size: int,
+        sequence_len: int,
+        variant: Variant = "2026",
+        window_pattern: str = "SSSL",
+    ) -> GPTConfig:
+        """One dial: width 64 x depth, rounded up to whole heads of 128, as many key/value heads as query heads."""
+        n_head = -(-64 * depth // HEAD_DIM)
+        return cls(
+            sequence_len=sequence_len,
+            vocab_size=vocab_size,
+            n_layer=depth,
+            n_head=n_head,
+            n_kv_head=n_head,
+            n_embd=n_head * HEAD_DIM,
+            window_pattern=window_pattern,
+            variant=variant,
+        )
+
+    @property
+    def head_dim(self) -> int:
+        """Channels per head."""
+        return self.n_embd // self.n_head
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding and the head: a multiple of 64 in 2026, the vocabulary itself in 2025."""
+        multiple = VOCAB_MULTIPLE if self.variant == "2026" else 1
+        return -(-self.vocab_size // multiple) * multiple
+
+    def has_value_embedding(self, layer: int) -> bool:
+        """Every second layer, counted from the last, in 2026; none in 2025."""
+        return self.variant == "2026" and (self.n_layer - 1 - layer) % 2 == 0
+
+    @property
+    def window_sizes(self) -> list[tuple[int, int]]:
+        """(left, right) per layer: how far back a query sees; left is -1 for everything (2025).
+
+        Short is a quarter of the context rounded up to 128. The last layer is always long.
+        """
+        if self.variant == "2025":
+            return [(-1, 0)] * self.n_layer
+        short = -(-self.sequence_len // (4 * WINDOW_MULTIPLE)) * WINDOW_MULTIPLE
+        tiled = [self.window_pattern[layer % len(self.window_pattern)] for layer in range(self.n_layer - 1)]
+        return [(short if letter == "S" else self.sequence_len, 0) for letter in [*tiled, "L"]]
+
+
+class Block(nn.Module):
+    """Mixer and MLP, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: GPTConfig, layer: int, mixer_factory: MixerFactory) -> None:
+        super().__init__()
+        self.attn = mixer_factory(config, layer)
+        self.mlp = MLP(config.n_embd)
+
+    def forward(
+        self,
+        x: Tensor,
+        ve: Tensor | None,
+        cos_sin: tuple[Tensor, Tensor],
+        window_size: tuple[int, int],
+        kv_cache: KVCache | None,
+    ) -> Tensor:
+        x = x + self.attn(rms_norm(x), ve, cos_sin, window_size, kv_cache)
+        return x + self.mlp(rms_norm(x))
+
+
+class GPT(nn.Module):
+    """The network. Build it (on the meta device if you like), move it with `to_empty`, then `init_weights`.
+
+    compute_dtype: type of activations and embeddings; other weights are fp32 and cast where they are used.
+    mixer_factory: makes the sequence mixer of each block, see `MixerFactory`.
+    attention_backend: see `attention_backends`.
+    loss_chunk_tokens: 0 computes the loss on all logits at once, N on N tokens at a time.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        compute_dtype: torch.dtype = torch.float32,
+        *,
+        mixer_factory: MixerFactory = CausalSelfAttention,
+        attention_backend: str = "auto",
+        loss_chunk_tokens: int = 0,
+    ) -> None:
+        super().__init__()
+        self.config, self.compute_dtype, self.loss_chunk_tokens = config, compute_dtype, loss_chunk_tokens
+        self.window_sizes = config.window_sizes
+        vocab = config.padded_vocab_size
+        blocks = nn.ModuleList([Block(config, layer, mixer_factory) for layer in range(config.n_layer)])
+        self.transformer = nn.ModuleDict({"wte": self._embedding(vocab, config.n_embd), "h": blocks})
+        self.lm_head = Linear(config.n_embd, vocab)
+        if config.variant == "2026":
+            self._add_2026_parts(config, vocab)
+        self.set_attention_backend(attention_backend)
+        self._make_rotary()
+        self.register_load_state_dict_post_hook(_remake_rotary)
+
+    def _embedding(self, vocab: int, dim: int) -> nn.Embedding:
+        # fp16 gradients cannot be unscaled, so fp16 keeps fp32 embeddings, as in nanochat.
+        dtype = torch.float32 if self.compute_dtype == torch.float16 else self.compute_dtype
+        return nn.Embedding(vocab, dim, dtype=dtype)
+
+    def _add_2026_parts(self, config: GPTConfig, vocab: int) -> None:
+        self.resid_lambdas = nn.Parameter(torch.ones(config.n_layer))
+        self.x0_lambdas = nn.Parameter(torch.zeros(config.n_layer))
+        self.smear_gate = Linear(SMEAR_CHANNELS, 1)
+        self.smear_lambda = nn.Parameter(torch.zeros(1))
+        self.backout_lambda = nn.Parameter(torch.full((1,), 0.2))
+        kv_dim = config.n_kv_head * config.head_dim
+        layers = [layer for layer in range(config.n_layer) if config.has_value_embedding(layer)]
+        self.value_embeds = nn.ModuleDict({str(layer): self._embedding(vocab, kv_dim) for layer in layers})
+
+    def _make_rotary(self) -> None:
+        """(Re)compute the rotary tables: they are no part of the state dict and `to_empty` leaves them undefined."""
+        config = self.config
+        length = config.sequence_len * ROTARY_LENGTH_FACTOR
+        tables = rotary_tables(length, config.head_dim, ROTARY_BASE[config.variant], self.get_device())
+        for name, table in zip(("cos", "sin"), tables, strict=True):
+            # nanochat rounded the tables to bf16 in 2025 whatever the type of the activations; weights trained
+            # with rounded angles expect them.
+            rounded = table.bfloat16() if config.variant == "2025" else table
+            self.register_buffer(name, rounded.to(self.compute_dtype), persistent=False)
+
+    def set_attention_backend(self, backend: str) -> None:
+        """Choose the attention kernel of every block (see `attention_backends`); ValueError if unknown."""
+        check_backend(backend)
+        for block in self.blocks:
+            if isinstance(block.attn, CausalSelfAttention):
+                block.attn.backend = backend
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The transformer blocks, first to last."""
+        return self.transformer["h"]  # type: ignore[return-value]
+
+    def get_device(self) -> torch.device:
+        """Device of the weights."""
+        return self.transformer["wte"].weight.device  # type: ignore[return-value]
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Draw the first weights (generator on the weights' device) and compute the rotary tables."""
+        (init_2026 if self.config.variant == "2026" else init_2025)(self, generator)
+        self._make_rotary()
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Number of parameters by role: wte, value_embeds, lm_head, transformer_matrices, scalars, total."""
+        total = sum(p.numel() for p in self.parameters())
+        counts = {
+            "wte": _numel(self.transformer["wte"]),
+            "value_embeds": _numel(self.value_embeds) if self.config.variant == "2026" else 0,
+            "lm_head": _numel(self.lm_head),
+            "transformer_matrices": _numel(self.blocks),
+        }
+        return {**counts, "scalars": total - sum(counts.values()), "total": total}
+
+    def estimate_flops_per_token(self) -> int:
+        """FLOPs per token, forward and backward: 6 per weight of a matrix product plus 12 H D per visible key.
+
+        The PaLM convention (arXiv:2204.02311, appendix B) with each layer's window as the number of visible keys.
+        """
+        config = self.config
+        weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        visible = [
+            min(left, config.sequence_len) if left >= 0 else config.sequence_len for left, _ in self.window_sizes
+        ]
+        return 6 * weights + 12 * config.n_head * config.head_dim * sum(visible)
+
+    def forward(
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        kv_cache: KVCache | None = None,
+        loss_reduction: str = "mean",
+    ) -> Tensor:
+        """Tokens idx [B, T] -> logits [B, T, vocab] (soft-capped, fp32), or the loss in nats against targets [B, T].
+
+        Targets of -1 do not count. With a cache, idx continues the tokens it holds, and the cache moves on.
+        Raises ValueError when the sequence outgrows the rotary tables.
+        """
+        x = self._trunk(idx, kv_cache)
+        if targets is None:
+            return soft_cap(self.lm_head(x)[..., : self.config.vocab_size])
+        vocab_size = self.config.vocab_size
+        if self.loss_chunk_tokens and loss_reduction != "none":
+            flat = x.reshape(-1, x.size(-1))
+            return chunked_head_loss(
+                flat, self.lm_head.weight, targets.reshape(-1), vocab_size, self.loss_chunk_tokens, loss_reduction
+            )
+        return soft_cap_cross_entropy(self.lm_head(x)[..., :vocab_size], targets, loss_reduction)
+
+    def _trunk(self, idx: Tensor, kv_cache: KVCache | None) -> Tensor:
+        """Everything before the head: idx [B, T] -> normed activations [B, T, D]."""
+        start = 0 if kv_cache is None else kv_cache.position
+        end = start + idx.size(1)
+        if end > self.cos.size(1):
+            raise ValueError(f"{end} tokens are more than the {self.cos.size(1)} positions the model has tables for")
+        cos_sin = self.cos[:, start:end], self.sin[:, start:end]
+        x = rms_norm(self.transformer["wte"](idx).to(self.compute_dtype))
+        x = (
+            self._run_2026(x, idx, cos_sin, kv_cache)
+            if self.config.variant == "2026"
+            else self._run_2025(x, cos_sin, kv_cache)
+        )
+        if kv_cache is not None:
+            kv_cache.advance(idx.size(1))
+        return rms_norm(x)
+
+    def _run_2025(self, x: Tensor, cos_sin: tuple[Tensor, Tensor], kv_cache: KVCache | None) -> Tensor:
+        for layer, block in enumerate(self.blocks):
+            x = block(x, None, cos_sin, self.window_sizes[layer], kv_cache)
+        return x
+
+    def _run_2026(self, x: Tensor, idx: Tensor, cos_sin: tuple[Tensor, Tensor], kv_cache: KVCache | None) -> Tensor:
+        """Blocks with smeared embeddings, x0 blending, value embeddings, and the middle of the stream backed out."""
+        x = first = self._smear(x, kv_cache)
+        middle = x
+        resid, blend = self.resid_lambdas.to(x.dtype).unbind(), self.x0_lambdas.to(x.dtype).unbind()
+        for layer, block in enumerate(self.blocks):
+            x = torch.addcmul(resid[layer] * x, blend[layer], first)
+            ve = self.value_embeds[str(layer)](idx).to(x.dtype) if str(layer) in self.value_embeds else None
+            x = block(x, ve, cos_sin, self.window_sizes[layer], kv_cache)
+            if layer == self.config.n_layer // 2:
+                middle = x
+        return x - self.backout_lambda.to(x.dtype) * middle
+
+    def _smear(self, x: Tensor, kv_cache: KVCache | None) -> Tensor:
+        """Add to each embedding [B, T, D] a gated share of its predecessor's; the first of a text has none."""
+        previous = None
+        if kv_cache is not None:
+            previous, kv_cache.prev_embedding = kv_cache.prev_embedding, x[:, -1:]
+        if previous is not None:
+            return self._add_predecessor(x, torch.cat([previous, x[:, :-1]], dim=1))
+        return torch.cat([x[:, :1], self._add_predecessor(x[:, 1:], x[:, :-1])], dim=1)
+
+    def _add_predecessor(self, x: Tensor, predecessor: Tensor) -> Tensor:
+        gate = self.smear_lambda.to(x.dtype) * torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))
+        return torch.addcmul(x, gate, predecessor)
+
+
+def _remake_rotary(model: GPT, incompatible_keys: object) -> None:
+    """After weights were loaded into a model from the meta device, its tables must follow."""
+    model._make_rotary()
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
