@@ -1,1 +1,21 @@
-"""The method: factored weights, the decision, the optimizer adapters, the controller. Imports spectral only."""
+"""The method: factorise on the optimizer's side of the gradient, decide per matrix, switch both ways."""
+
+from svdtrain.adaptive.attach import AttachedSVD, attach
+from svdtrain.adaptive.controller import AdaptiveSVD, Change
+from svdtrain.adaptive.factors import FactoredWeight
+from svdtrain.adaptive.linear import AdaptiveSVDLinear
+from svdtrain.adaptive.policy import Measurement, should_use_lowrank_training
+from svdtrain.adaptive.registration import Adapter, Reregister
+
+__all__ = [
+    "Adapter",
+    "AdaptiveSVD",
+    "AdaptiveSVDLinear",
+    "AttachedSVD",
+    "Change",
+    "FactoredWeight",
+    "Measurement",
+    "Reregister",
+    "attach",
+    "should_use_lowrank_training",
+]

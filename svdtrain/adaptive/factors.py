@@ -1,0 +1,124 @@
+"""One matrix in low-rank mode: W = W_p + B A, factorised on the optimizer's side of the gradient.
+
+The model always runs with its own dense W. Only the optimizer sees B and A: their gradients come from G = dL/dW by
+the chain rule before the step, and W is written from them after it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from svdtrain.adaptive.precision import full_precision
+from svdtrain.spectral.decompose import Decomposition
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterCounts:
+    """Numbers of one factored matrix, in parameters."""
+
+    matrix: int
+    trainable: int
+    frozen: int
+
+    @property
+    def total(self) -> int:
+        """Everything stored for the matrix in low-rank mode besides W itself."""
+        return self.trainable + self.frozen
+
+
+class FactoredWeight:
+    """W [m, n] (the model's own parameter), W_p [m, n] frozen, B [m, r] and A [r, n] trained.
+
+    W_p is kept in float32 at least: with bf16 weights a W_p in bf16 could not hold W - B A, and the first merge would
+    move W.
+    """
+
+    def __init__(self, W: nn.Parameter, B: Tensor, A: Tensor) -> None:
+        """B and A are rounded to W's dtype first; W_p = W - B A is formed from what is stored. W is not written."""
+        self.W = W
+        self.B = nn.Parameter(B.to(W.dtype))
+        self.A = nn.Parameter(A.to(W.dtype))
+        self.W_p = self._remainder()
+
+    @classmethod
+    def split(cls, W: nn.Parameter, decomposition: Decomposition, r: int) -> FactoredWeight:
+        """Train the r minor singular directions of W: B = U_m sqrt(S_m), A = sqrt(S_m) V_m^T (MiLoRA,
+        arXiv:2406.09044, eq. 4). Raises ValueError unless 1 <= r < min(m, n)."""
+        return cls(W, *minor_factors(decomposition, r))
+
+    @classmethod
+    def restored(cls, W: nn.Parameter, W_p: Tensor, B: Tensor, A: Tensor) -> FactoredWeight:
+        """From saved tensors, bit for bit; W may still hold other values."""
+        factors = cls.__new__(cls)
+        factors.W = W
+        factors.W_p, B, A = (saved.to(W.device, copy=True) for saved in (W_p, B, A))
+        factors.B, factors.A = nn.Parameter(B), nn.Parameter(A)
+        return factors
+
+    @property
+    def r(self) -> int:
+        """Number of trained directions."""
+        return self.B.shape[1]
+
+    def refactor(self, decomposition: Decomposition, r: int) -> None:
+        """Recompute W_p, B and A from the current W. The parameter objects stay, so the optimizer keeps them; their
+        data tensors are replaced, not overwritten. W is not written."""
+        B, A = minor_factors(decomposition, r)
+        self.B.grad = self.A.grad = None
+        self.B.data, self.A.data = B.to(self.W.dtype), A.to(self.W.dtype)
+        self.W_p = self._remainder()
+
+    def project_gradient(self) -> None:
+        """B.grad = G A^T, A.grad = B^T G: the exact chain rule of W = W_p + B A. None where W has no gradient."""
+        G = self.W.grad
+        if G is None:
+            self.B.grad = self.A.grad = None
+            return
+        with full_precision(self.W.device):
+            self.B.grad = G @ self.A.T
+            self.A.grad = self.B.T @ G
+
+    def merge(self) -> None:
+        """W <- W_p + B A, in place."""
+        with full_precision(self.W.device):
+            if self.W_p.dtype == self.W.dtype:
+                torch.addmm(self.W_p, self.B, self.A, out=self.W)
+            else:
+                self.W.copy_(self.dense())
+
+    def dense(self) -> Tensor:
+        """W_p + B A [m, n] in W_p's dtype."""
+        with full_precision(self.W.device):
+            return torch.addmm(self.W_p, self.B.to(self.W_p.dtype), self.A.to(self.W_p.dtype))
+
+    def clear_gradients(self) -> None:
+        """Drop G, B.grad and A.grad: `optimizer.zero_grad` no longer reaches G."""
+        self.W.grad = self.B.grad = self.A.grad = None
+
+    def split_error(self) -> float:
+        """||W - (W_p + B A)||_F / ||W||_F; 0 for W = 0."""
+        W = self.W.detach().to(self.W_p.dtype)
+        scale = float(torch.linalg.vector_norm(W))
+        return float(torch.linalg.vector_norm(W - self.dense())) / scale if scale > 0 else 0.0
+
+    def counts(self) -> ParameterCounts:
+        """Parameters of the matrix: itself, trainable (B and A), frozen (W_p)."""
+        trainable = self.B.numel() + self.A.numel()
+        return ParameterCounts(matrix=self.W.numel(), trainable=trainable, frozen=self.W_p.numel())
+
+    def _remainder(self) -> Tensor:
+        wide = torch.promote_types(self.W.dtype, torch.float32)
+        with full_precision(self.W.device):
+            return torch.addmm(self.W.to(wide), self.B.to(wide), self.A.to(wide), alpha=-1)
+
+
+def minor_factors(decomposition: Decomposition, r: int) -> tuple[Tensor, Tensor]:
+    """B [m, r] and A [r, n] of the r smallest singular directions, each carrying the square root of the values."""
+    U, S, V = decomposition.U, decomposition.S, decomposition.V
+    if not 1 <= r < S.numel():
+        raise ValueError(f"r must lie in [1, {S.numel() - 1}] for this matrix, got {r}")
+    root = S[-r:].clamp_min(0).sqrt()
+    return U[:, -r:] * root, root[:, None] * V[:, -r:].T

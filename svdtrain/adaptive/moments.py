@@ -1,0 +1,143 @@
+"""How an optimizer's per-parameter state moves between W and its factors B and A.
+
+First moments follow the gradient's own chain rule, M_B = M_W A^T and M_A = B^T M_W; the way back is the least-squares
+inverse of that map. Second moments use the squared factors of the same maps. State is recognised by its keys, so this
+serves torch's AdamW, Adam, SGD and Muon and any optimizer that uses their names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+State = dict[str, Any]
+
+FIRST_MOMENTS = {"momentum_buffer": None, "exp_avg": None}
+"""Linear in the gradient, shaped like the parameter."""
+SECOND_MOMENTS = {"exp_avg_sq": "exp_avg", "max_exp_avg_sq": "exp_avg"}
+"""Quadratic in the gradient, and the first moment each divides."""
+REDUCED_SECOND_MOMENT = "second_momentum_buffer"
+"""NorMuon's per-row [m, 1] (m >= n) or per-column [1, n] mean square of the orthogonalised update."""
+
+
+class UnknownState(ValueError):
+    """The optimizer keeps something for this parameter that has no known map to B and A."""
+
+
+def first_to_factors(M: Tensor, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    """M_B [m, r] = M A^T and M_A [r, n] = B^T M for M [m, n]."""
+    return M @ A.T, B.T @ M
+
+
+def first_from_factors(M_B: Tensor, M_A: Tensor, B: Tensor, A: Tensor) -> Tensor:
+    """The M [m, n] of least norm that minimises ||M A^T - M_B||^2 + ||B^T M - M_A||^2.
+
+    In orthonormal bases Q_B of B's columns and Q_A of A's rows (from the eigenvectors of the r x r Gram matrices, in
+    float64) M falls into three blocks: seen by M_B alone, by M_A alone, and by both, where the two are averaged with
+    the Gram eigenvalues as weights. Directions in which B or A vanish carry nothing and stay zero.
+    """
+    B, A, M_B, M_A = (t.double() for t in (B, A, M_B, M_A))
+    to_B, lambda_B = _orthonormaliser(B.T @ B)
+    to_A, lambda_A = _orthonormaliser(A @ A.T)
+    Q_B, Q_A = B @ to_B, A.T @ to_A  # [m, b], [n, a]
+    X, Y = M_B @ to_A, to_B.T @ M_A  # M Q_A [m, a] and Q_B^T M [b, n]
+    C, D = Q_B.T @ X, Y @ Q_A  # two estimates of Q_B^T M Q_A [b, a]
+    both = (C * lambda_A + D * lambda_B[:, None]) / (lambda_A + lambda_B[:, None])
+    return X @ Q_A.T + Q_B @ Y + Q_B @ (both - C - D) @ Q_A.T
+
+
+def _orthonormaliser(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """T [r, b] with (F T) orthonormal for gram = F^T F [r, r], and the eigenvalues [b] kept."""
+    values, vectors = torch.linalg.eigh(gram)
+    # Factors are stored in float32: below this a direction is rounding noise. In float64 this still only drops
+    # directions a million times weaker than the strongest.
+    keep = values > 1e-13 * values[-1].clamp_min(torch.finfo(gram.dtype).tiny)
+    return vectors[:, keep] / values[keep].sqrt(), values[keep]
+
+
+def second_to_factors(v: Tensor, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    """v_B = v (A*A)^T and v_A = (B*B)^T v: what the squares of the chain rule average to when the entries of G are
+    uncorrelated."""
+    return v @ A.square().T, B.square().T @ v
+
+
+def second_from_factors(v_B: Tensor, v_A: Tensor, B: Tensor, A: Tensor) -> Tensor:
+    """A non-negative v [m, n] whose weighted row and column means are those that v_B and v_A imply: the rank-one
+    estimate of Adafactor (arXiv:1804.04235, section 3)."""
+    tiny = torch.finfo(v_B.dtype).tiny
+    rows = v_B.sum(dim=1) / A.square().sum().clamp_min(tiny)
+    columns = v_A.sum(dim=0) / B.square().sum().clamp_min(tiny)
+    mean = (rows.mean() + columns.mean()) / 2
+    if mean <= tiny:
+        return torch.zeros(rows.numel(), columns.numel(), dtype=v_B.dtype, device=v_B.device)
+    return rows[:, None] * (columns / mean)
+
+
+def state_to_factors(state: Mapping[str, Any], B: Tensor, A: Tensor) -> tuple[State, State]:
+    """The optimizer state of W, carried to B and A. Raises UnknownState for a key without a known map."""
+    shape = (B.shape[0], A.shape[1])
+    B_wide, A_wide = _wide(B), _wide(A)
+    state_B, state_A = {}, {}
+    for key in sorted(state, key=lambda name: name in SECOND_MOMENTS):  # first moments before those that divide them
+        value = state[key]
+        if not isinstance(value, Tensor) or value.ndim == 0:
+            pair = _copy(value), _copy(value)
+        elif key in FIRST_MOMENTS and value.shape == shape:
+            pair = first_to_factors(value.to(B_wide.dtype), B_wide, A_wide)
+        elif key in SECOND_MOMENTS and value.shape == shape:
+            pair = second_to_factors(value.to(B_wide.dtype), B_wide, A_wide)
+            moment = SECOND_MOMENTS[key]
+            # Entries of G are correlated in fact, so v may come out too small; v >= m^2 bounds the first update by lr.
+            pair = _floor(pair[0], state_B.get(moment)), _floor(pair[1], state_A.get(moment))
+        elif key == REDUCED_SECOND_MOMENT and value.shape in ((shape[0], 1), (1, shape[1])):
+            pair = _reduced_to_factors(value, B, A)
+        else:
+            raise UnknownState(f"no map from W to B and A for optimizer state {key!r} of shape {tuple(value.shape)}")
+        state_B[key], state_A[key] = (_like(part, value) for part in pair)
+    return state_B, state_A
+
+
+def state_from_factors(state_B: Mapping[str, Any], state_A: Mapping[str, Any], B: Tensor, A: Tensor) -> State:
+    """The optimizer state of W from those of B and A: the inverse of `state_to_factors`."""
+    B_wide, A_wide = _wide(B), _wide(A)
+    state = {}
+    for key in state_B:
+        value, other = state_B[key], state_A[key]
+        if not isinstance(value, Tensor) or value.ndim == 0:
+            state[key] = _copy(value)
+        elif key in FIRST_MOMENTS:
+            state[key] = _like(first_from_factors(value, other, B_wide, A_wide), value)
+        elif key in SECOND_MOMENTS:
+            state[key] = _like(second_from_factors(_wide(value), _wide(other), B_wide, A_wide), value)
+        elif key == REDUCED_SECOND_MOMENT:
+            state[key] = value.clone() if B.shape[0] >= A.shape[1] else other.clone()
+        else:
+            raise UnknownState(f"no map from B and A to W for optimizer state {key!r}")
+    return state
+
+
+def _reduced_to_factors(value: Tensor, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    """The side that W's buffer describes (rows: B, columns: A) inherits it; the other starts from zero, which for
+    this buffer is neutral because the update is renormalised by its own overall scale."""
+    if value.shape == (B.shape[0], 1):
+        return value.clone(), value.new_zeros(1, A.shape[1])
+    return value.new_zeros(B.shape[0], 1), value.clone()
+
+
+def _floor(v: Tensor, moment: Tensor | None) -> Tensor:
+    return v if moment is None else torch.maximum(v, moment.to(v.dtype).square())
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t.detach().to(torch.promote_types(t.dtype, torch.float32))
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _like(part: Any, value: Any) -> Any:
+    return part.to(value.dtype) if isinstance(value, Tensor) else part
