@@ -4,10 +4,10 @@ Exit codes: 0 finished, 1 stopped because training broke (non-finite three times
 130 interrupted by Ctrl-C.
 """
 
-from __future__ import annotations
-
+import contextlib
 import dataclasses
 import difflib
+import io
 import json
 import sys
 import time
@@ -15,21 +15,11 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import tyro
 
-from svdtrain.config import (
-    PRESETS,
-    DataConfig,
-    ModelConfig,
-    OptimConfig,
-    RunConfig,
-    SVDConfig,
-    TrainConfig,
-    defaults_for_depth,
-    merge_settings,
-)
+from svdtrain.config import PRESETS, RunConfig, defaults_for_depth, merge_settings
 from svdtrain.runlog import newest_run
 
 if TYPE_CHECKING:
@@ -52,23 +42,38 @@ class RunOptions:
     """JSON file of settings (such as another run's config.json). Flags go on top."""
 
 
+GROUPS: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(RunConfig)}
+
+DESCRIPTION = """Train a GPT on real text while adaptive SVD watches and switches its matrices.
+
+The least you can type: `svdtrain --depth 4 --device cpu`. Rarer settings are not listed here; they are flags and keys of
+--config all the same: see svdtrain/config.py."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Train a GPT on real text while adaptive SVD watches and switches its matrices.
+    """What the command line said."""
 
-    The least you can type: `svdtrain --depth 4 --device cpu`.
-    """
+    run: RunOptions
+    config: RunConfig
 
-    run: RunOptions = field(default_factory=RunOptions)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    svd: SVDConfig = field(default_factory=SVDConfig)
 
-    def run_config(self) -> RunConfig:
-        """The part that is saved with the run."""
-        return RunConfig(model=self.model, data=self.data, optim=self.optim, train=self.train, svd=self.svd)
+def _flags_class(*, hide_advanced: bool) -> Any:
+    """One dataclass of all groups for tyro to read; settings marked `advanced` are left out of --help."""
+    groups = {name: _without_advanced(group) if hide_advanced else group for name, group in GROUPS.items()}
+    return dataclasses.make_dataclass("Flags", [("run", RunOptions), *groups.items()], frozen=True, kw_only=True)
+
+
+def _without_advanced(group: Any) -> Any:
+    hints = get_type_hints(group)
+    hidden = [
+        (f.name, Annotated[hints[f.name], tyro.conf.Suppress], field(default=f.default))
+        for f in dataclasses.fields(group)
+        if f.metadata.get("advanced")
+    ]
+    shown = dataclasses.make_dataclass(group.__name__, hidden, bases=(group,), frozen=True, kw_only=True)
+    shown.__doc__ = group.__doc__
+    return shown
 
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
@@ -78,25 +83,49 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     """
     _reject_unknown_flags(argv)
     preset, config_path, depth = (_peek(argv, flag) for flag in ("--preset", "--config", "--depth"))
-    settings = defaults_for_depth(int(depth)) if depth.isdigit() else {}
+    settings = defaults_for_depth(int(depth)) if depth.isdigit() and int(depth) > 0 else {}
     if preset:
         if preset not in PRESETS:
             raise ValueError(f"--preset {preset!r} does not exist; choose one of {', '.join(PRESETS)}")
         settings = merge_settings(settings, PRESETS[preset])
     if config_path:
         settings = merge_settings(settings, _read_config_file(Path(config_path)))
-    base = RunConfig.from_dict(settings)
-    default = Arguments(model=base.model, data=base.data, train=base.train, optim=base.optim, svd=base.svd)
-    return tyro.cli(Arguments, prog="svdtrain", args=list(argv), default=default, config=(tyro.conf.OmitArgPrefixes,))
+    RunConfig.from_dict(settings)  # names an unknown setting
+    flags_class = _flags_class(hide_advanced="--help" in argv or "-h" in argv)
+    groups = {f.name: f.type for f in dataclasses.fields(flags_class)}
+    default = flags_class(**{name: group(**settings.get(name, {})) for name, group in groups.items()})
+    flags = _parse_flags(flags_class, argv, default)
+    return Arguments(run=flags.run, config=RunConfig(**{name: getattr(flags, name) for name in GROUPS}))
+
+
+def _parse_flags(flags_class: Any, argv: Sequence[str], default: Any) -> Any:
+    """Run tyro; its boxed errors become one ValueError line."""
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(
+                flags_class,
+                prog="svdtrain",
+                description=DESCRIPTION,
+                args=list(argv),
+                default=default,
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        lines = [line.strip(" │╭╮╰╯─-") for line in errors.getvalue().splitlines()]
+        said = [line for line in lines if line]
+        raise ValueError(said[1] if len(said) > 1 else "the flags cannot be read; see svdtrain --help") from None
 
 
 def flag_names() -> list[str]:
     """Every flag of the command, `--no-` forms of switches included."""
+    leaves = [leaf for group in (RunOptions, *GROUPS.values()) for leaf in dataclasses.fields(group)]  # type: ignore[arg-type]
     names = []
-    for group in dataclasses.fields(Arguments):
-        for leaf in dataclasses.fields(group.default_factory):  # type: ignore[arg-type]
-            flag = leaf.name.replace("_", "-")
-            names += [f"--{flag}", f"--no-{flag}"] if isinstance(leaf.default, bool) else [f"--{flag}"]
+    for leaf in leaves:
+        flag = leaf.name.replace("_", "-")
+        names += [f"--{flag}", f"--no-{flag}"] if isinstance(leaf.default, bool) else [f"--{flag}"]
     return names
 
 
@@ -177,9 +206,9 @@ def check_resumable(saved: dict | None, config: RunConfig, path: Path) -> None:
                 )
 
 
-def run(arguments: Arguments, console: Console) -> int:
+def run(arguments: Arguments, console: "Console") -> int:
     """Train; returns the exit code."""
-    config = arguments.run_config()
+    config = arguments.config
     path = choose_run_directory(arguments.run, config.model.depth)
     resuming = arguments.run.resume == "auto"
 

@@ -14,6 +14,11 @@ Variant = Literal["2026", "2025"]
 SVDPreset = Literal["conservative", "fast", "off"]
 
 
+def advanced(default: Any) -> Any:
+    """A setting that --help leaves out: a flag all the same, and a key of --config."""
+    return field(default=default, metadata={"advanced": True})
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
@@ -31,7 +36,7 @@ class ModelConfig:
     """Context length in tokens."""
     vocab_size: int = 4096
     """Vocabulary of the trained tokenizer, special tokens included. 0: bytes."""
-    window_pattern: str = "SSSL"
+    window_pattern: str = advanced("SSSL")
     """Attention windows, tiled over the layers: S = a quarter of the context, L = all. The last layer is always L."""
 
     def __post_init__(self) -> None:
@@ -53,9 +58,9 @@ class DataConfig:
 
     data: str = "stdlib"
     """`stdlib`, a directory of parquet shards (column `text`), a .txt or .jsonl file, or hf:NAME[:CONFIG]."""
-    max_train_tokens: int = 100_000_000
+    max_train_tokens: int = advanced(100_000_000)
     """Tokenise at most this many training tokens into the cache."""
-    cache_dir: str = ""
+    cache_dir: str = advanced("")
     """Tokenised text and tokenizers. Default: $SVDTRAIN_CACHE or ~/.cache/svdtrain."""
 
 
@@ -70,17 +75,17 @@ class OptimConfig:
     """AdamW learning rate of the embeddings."""
     unembedding_lr: float = 0.008
     """AdamW learning rate of the output head."""
-    scalar_lr: float = 0.5
+    scalar_lr: float = advanced(0.5)
     """AdamW learning rate of the residual scalars."""
     weight_decay: float = 0.28
     """Cautious weight decay of the matrices."""
-    warmup_steps: int = 40
+    warmup_steps: int = advanced(40)
     """Linear warm-up of the learning rate, in steps."""
     warmdown_ratio: float = 0.65
     """Share of the steps over which the learning rate falls."""
-    final_lr_frac: float = 0.05
+    final_lr_frac: float = advanced(0.05)
     """Learning rate at the last step, as a share of the first."""
-    clip_grad_norm: float = 0.0
+    clip_grad_norm: float = advanced(0.0)
     """Clip the global gradient norm to this value; 0 switches it off."""
 
     def __post_init__(self) -> None:
@@ -108,15 +113,15 @@ class TrainConfig:
     """Seed of the weights and of the data order."""
     eval_every: int = 100
     """Evaluate validation bits per byte every N steps; 0: only at the end."""
-    eval_tokens: int = 40_960
+    eval_tokens: int = advanced(40_960)
     """Validation tokens per evaluation."""
     sample_every: int = 0
     """Print a sample every N steps; 0: only at the end."""
     save_every: int = 0
     """Save a checkpoint every N steps; 0: only at the end."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = advanced(2)
     """Number of newest checkpoints to keep; at least 2."""
-    log_every: int = 1
+    log_every: int = advanced(1)
     """Write a training record every N steps."""
 
     def __post_init__(self) -> None:

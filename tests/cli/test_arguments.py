@@ -16,19 +16,26 @@ from svdtrain.config import ModelConfig, RunConfig
 from svdtrain.runlog import RunDirectory
 
 
-def test_flags_stay_flat_and_about_thirty() -> None:
-    flags = [flag for flag in flag_names() if not flag.startswith("--no-")]
+def test_flags_are_flat_unique_and_help_lists_about_thirty(capsys) -> None:
+    flags = flag_names()
     assert len(set(flags)) == len(flags)
-    assert {"--depth", "--num-iterations", "--max-seq-len", "--device-batch-size", "--total-batch-size"} <= set(flags)
-    assert len(flags) <= 45
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"])
+    shown = {word for word in capsys.readouterr().out.replace(",", " ").split() if word in flags}
+    assert {"--depth", "--num-iterations", "--max-seq-len", "--device-batch-size", "--total-batch-size"} <= shown
+    assert len([flag for flag in shown if not flag.startswith("--no-")]) <= 32
+
+
+def test_settings_that_help_leaves_out_are_flags_all_the_same() -> None:
+    assert parse_arguments(["--clip-grad-norm", "0.5"]).config.optim.clip_grad_norm == 0.5
 
 
 def test_depth_implies_sizes_and_flags_win(tmp_path) -> None:
-    assert parse_arguments(["--depth", "12"]).model.max_seq_len == 2048
-    assert parse_arguments(["--depth", "12", "--max-seq-len", "1024"]).model.max_seq_len == 1024
+    assert parse_arguments(["--depth", "12"]).config.model.max_seq_len == 2048
+    assert parse_arguments(["--depth", "12", "--max-seq-len", "1024"]).config.model.max_seq_len == 1024
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"model": {"max_seq_len": 64}, "train": {"seed": 5}}))
-    arguments = parse_arguments(["--preset", "d12", "--config", str(config), "--seed", "6"])
+    arguments = parse_arguments(["--preset", "d12", "--config", str(config), "--seed", "6"]).config
     assert (arguments.model.depth, arguments.model.max_seq_len, arguments.train.seed) == (12, 64, 6)
 
 
@@ -36,7 +43,7 @@ def test_a_saved_configuration_can_be_given_back(tmp_path) -> None:
     config = RunConfig(model=ModelConfig(depth=3))
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config.to_dict()))
-    assert parse_arguments(["--config", str(path)]).run_config() == config
+    assert parse_arguments(["--config", str(path)]).config == config
 
 
 @pytest.mark.parametrize(
@@ -46,6 +53,8 @@ def test_a_saved_configuration_can_be_given_back(tmp_path) -> None:
         (["--preset", "d99"], "--preset 'd99' does not exist"),
         (["--config", "/nowhere/config.json"], "--config /nowhere/config.json"),
         (["--depth", "0"], "--depth must be at least 1"),
+        (["--depth", "many"], "--depth"),
+        (["--svd-preset", "rapid"], "--svd-preset"),
     ],
 )
 def test_wrong_arguments_are_one_line_and_exit_code_2(argv: list[str], words: str, capsys) -> None:
