@@ -46,8 +46,8 @@ GROUPS: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(
 
 DESCRIPTION = """Train a GPT on real text while adaptive SVD watches and switches its matrices.
 
-The least you can type: `svdtrain --depth 4 --device cpu`. Rarer settings are not listed here; they are flags and keys of
---config all the same: see svdtrain/config.py."""
+The least you can type: `svdtrain --depth 4 --device cpu`. Rarer settings are not listed here; they are flags and keys
+of --config all the same: see svdtrain/config.py."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +115,9 @@ def _parse_flags(flags_class: Any, argv: Sequence[str], default: Any) -> Any:
         if stop.code in (0, None):
             raise
         lines = [line.strip(" │╭╮╰╯─-") for line in errors.getvalue().splitlines()]
-        said = [line for line in lines if line]
-        raise ValueError(said[1] if len(said) > 1 else "the flags cannot be read; see svdtrain --help") from None
+        said = [line for line in lines if line][1:]  # the first one is the title of the box
+        end = next((i for i, line in enumerate(said) if line.startswith(("Argument helptext", "For full"))), len(said))
+        raise ValueError(" ".join(said[:end]) or "the flags cannot be read; see svdtrain --help") from None
 
 
 def flag_names() -> list[str]:
