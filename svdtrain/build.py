@@ -19,7 +19,7 @@ from svdtrain.hooks.guards import NonFiniteGuard
 from svdtrain.hooks.sample import SampleText
 from svdtrain.hooks.sinks import JsonlSink
 from svdtrain.hooks.train_log import TrainLog
-from svdtrain.model.gpt import GPT, GPTConfig, hardware_dtype
+from svdtrain.model import GPT, GPTConfig, hardware_dtype
 from svdtrain.optim.muon_adamw import MuonAdamW
 from svdtrain.optim.param_groups import build_param_groups
 from svdtrain.optim.schedule import batch_lr_scale

@@ -36,7 +36,10 @@ class AdaptiveSVDHook(Hook):
         self._publish_substitutes(state)
         for change in changes:
             state.params_changed(_public(change))
-        self._publish_log(state)
+        for event in self._running.events():
+            state.alert(event["level"], "svd", f"{event['name']}: {event['message']}")
+        if stepped and state.step % self.config.svd_interval == 0:
+            state.log("svd", self._running.metrics())
 
     def state_dict(self) -> dict[str, Any]:
         return self._running.state_dict()
@@ -50,13 +53,13 @@ class AdaptiveSVDHook(Hook):
         return self.controller
 
     def _publish_substitutes(self, state: TrainState) -> None:
-        state.substitutes = self._running.substitutes()
-
-    def _publish_log(self, state: TrainState) -> None:
-        if self._running.analysed_at == state.step:
-            state.log("svd", self._running.metrics())
-        for event in self._running.drain_events():
-            state.alert(event["level"], event["rule"], event["message"])
+        """Tell the trainer which parameters the optimizer trains in place of the model's own."""
+        names = {id(p): name for name, p in state.model.named_parameters()}
+        state.substitutes = {
+            names[id(target.W)]: (target.factors.B, target.factors.A)
+            for target in self._running.targets.values()
+            if target.factors is not None
+        }
 
 
 def _public(change: Change) -> ParamsChange:
