@@ -6,7 +6,7 @@ query sees besides itself; None means all of them. So query i attends to keys j 
 | backend | full layers | sliding windows | runs on |
 |---|---|---|---|
 | sdpa    | torch's fused causal kernel | the same with a boolean mask: no work saved | all |
-| chunked | as sdpa | blocks of `window` queries against two blocks of keys: cost T x 2 window | all |
+| blocked | as sdpa | plain matrix products over the visible blocks only (`blocked_attention`) | all; made for CPUs |
 | flash   | flash attention 2 inside torch | its own window arguments: skips blocks | CUDA, bf16/fp16 |
 | cudnn   | cuDNN's fused causal kernel | not available: raises | CUDA, bf16/fp16 |
 | flex    | flex_attention | block mask: skips blocks | CUDA; CPU for tests |
@@ -18,13 +18,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from svdtrain.model.attention_masks import remembered, window_mask
+from svdtrain.model.blocked_attention import BlockedAttention
 
 Attend = Callable[[Tensor, Tensor, Tensor, "int | None", float], Tensor]
 
@@ -52,7 +54,7 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, *, w
     """The concrete backend for one layer."""
     if backend == "auto":
         half = dtype in (torch.bfloat16, torch.float16)
-        backend = "flash+sdpa" if device.type == "cuda" and half else "chunked"
+        backend = "flash+sdpa" if device.type == "cuda" and half else "blocked"
     check_backend(backend)
     return backend.split("+")[0 if windowed else -1]
 
@@ -65,14 +67,6 @@ def attend_cached(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: fl
         total = k.size(1)
     mask = None if length == 1 else window_mask(length, total, window, q.device)
     return _sdpa(q, k, v, scale, mask=mask)
-
-
-def window_mask(length: int, total: int, window: int | None, device: torch.device) -> Tensor:
-    """Boolean [length, total]: which keys the last `length` of `total` positions see; True = visible."""
-    rows = torch.arange(total - length, total, device=device)[:, None]
-    columns = torch.arange(total, device=device)[None, :]
-    visible = columns <= rows
-    return visible if window is None else visible & (rows - columns <= window)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, causal: bool = False) -> Tensor:
@@ -88,13 +82,6 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = N
     return y.transpose(1, 2)
 
 
-def _chunk_mask(num_chunks: int, window: int, device: torch.device) -> Tensor:
-    """Boolean [num_chunks, 1, window, 2 window] for queries of a chunk over (previous chunk, own chunk)."""
-    mask = window_mask(window, 2 * window, window, device).repeat(num_chunks, 1, 1)
-    mask[0, :, :window] = False  # before the first chunk there is nothing
-    return mask[:, None]
-
-
 def _block_mask(length: int, window: int | None, device: torch.device) -> BlockMask:
     def visible(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
         return (column <= row) & (row - column <= (length if window is None else window))
@@ -102,23 +89,8 @@ def _block_mask(length: int, window: int | None, device: torch.device) -> BlockM
     return create_block_mask(visible, None, None, length, length, device=str(device))
 
 
-def _remembered(build: Callable[..., Any]) -> Callable[..., Any]:
-    """`build` with a cache. Inside torch.compile there is none: the mask is built in the graph, once per shape."""
-
-    @functools.lru_cache(maxsize=16)
-    def cached(*args: Any) -> Any:
-        with torch.inference_mode(False):  # a mask first needed in evaluation must also serve training
-            return build(*args)
-
-    def choose(*args: Any) -> Any:
-        return build(*args) if torch.compiler.is_compiling() else cached(*args)
-
-    return choose
-
-
-_window_mask = _remembered(window_mask)
-_chunk_mask_for = _remembered(_chunk_mask)
-_block_mask_for = _remembered(_block_mask)
+_window_mask = remembered(window_mask)
+_block_mask_for = remembered(_block_mask)
 
 
 def _attend_sdpa(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor:
@@ -127,27 +99,14 @@ def _attend_sdpa(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: flo
     return _sdpa(q, k, v, scale, mask=_window_mask(q.size(1), q.size(1), window, q.device))
 
 
-def _attend_chunked(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor:
-    batch, length, heads, dim = q.shape
-    if window is None or length % window != 0:
-        return _attend_sdpa(q, k, v, window, scale)
-    num_chunks = length // window
-    queries = q.reshape(batch * num_chunks, window, heads, dim)
-    keys, values = (_with_previous_chunk(x, window) for x in (k, v))
-    mask = _chunk_mask_for(num_chunks, window, q.device)
-    y = _sdpa(queries, keys, values, scale, mask=mask.repeat(batch, 1, 1, 1))
-    return y.reshape(batch, length, heads, dim)
-
-
-def _with_previous_chunk(x: Tensor, window: int) -> Tensor:
-    """[B, T, H, D] -> [B T/window, 2 window, H, D]: every chunk behind its predecessor (zeros before the first)."""
-    batch, length, heads, dim = x.shape
-    padded = F.pad(x, (0, 0, 0, 0, window, 0))
-    chunks = padded.as_strided(
-        (batch, length // window, 2 * window, heads, dim),
-        (padded.stride(0), window * padded.stride(1), *padded.stride()[1:]),
-    )
-    return chunks.reshape(-1, 2 * window, heads, dim)
+def _attend_blocked(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor:
+    if window is None:
+        return _sdpa(q, k, v, scale, causal=True)
+    group = q.size(2) // k.size(2)
+    k, v = (x if group == 1 else x.repeat_interleave(group, dim=2) for x in (k, v))
+    y = BlockedAttention.apply(*(x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)), window, scale)
+    assert isinstance(y, Tensor)
+    return y.unflatten(0, (q.size(0), q.size(2))).transpose(1, 2)
 
 
 def _attend_cudnn(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor:
@@ -182,7 +141,7 @@ def _compiled_flex() -> Callable[..., Tensor]:
 
 _BACKENDS: dict[str, Attend] = {
     "sdpa": _attend_sdpa,
-    "chunked": _attend_chunked,
+    "blocked": _attend_blocked,
     "cudnn": _attend_cudnn,
     "flash": _attend_flash,
     "flex": _attend_flex,

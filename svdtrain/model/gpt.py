@@ -20,6 +20,7 @@ SMEAR_CHANNELS = 24
 VOCAB_MULTIPLE = 64
 WINDOW_MULTIPLE = 128
 ROTARY_BASE = {"2026": 100_000.0, "2025": 10_000.0}
+CPU_LOSS_CHUNK = 1024
 ROTARY_LENGTH_FACTOR = 10  # positions prepared, in units of sequence_len, so that generation may run on
 
 
@@ -123,7 +124,8 @@ class GPT(nn.Module):
     compute_dtype: type of activations and embeddings; other weights are fp32 and cast where they are used.
     mixer_factory: makes the sequence mixer of each block, see `MixerFactory`.
     attention_backend: see `attention_backends`.
-    loss_chunk_tokens: 0 computes the loss on all logits at once, N on N tokens at a time.
+    loss_chunk_tokens: N computes the training loss on N tokens at a time, 0 on all at once; None chooses: in chunks on
+    a CPU, where passes over logits that left the cache cost as much as the products.
     """
 
     cos: Tensor
@@ -136,7 +138,7 @@ class GPT(nn.Module):
         *,
         mixer_factory: MixerFactory = CausalSelfAttention,
         attention_backend: str = "auto",
-        loss_chunk_tokens: int = 0,
+        loss_chunk_tokens: int | None = None,
     ) -> None:
         super().__init__()
         self.config, self.compute_dtype, self.loss_chunk_tokens = config, compute_dtype, loss_chunk_tokens
@@ -236,13 +238,21 @@ class GPT(nn.Module):
         x = self._trunk(idx, kv_cache)
         if targets is None:
             return soft_cap(self.lm_head(x)[..., : self.config.vocab_size])
-        vocab_size = self.config.vocab_size
-        if self.loss_chunk_tokens and loss_reduction != "none":
-            flat = x.reshape(-1, x.size(-1))
+        chunk = self._loss_chunk(loss_reduction)
+        if chunk:
+            rows = x.reshape(-1, x.size(-1))
             return chunked_head_loss(
-                flat, self.lm_head.weight, targets.reshape(-1), vocab_size, self.loss_chunk_tokens, loss_reduction
+                rows, self.lm_head.weight, targets.reshape(-1), self.config.vocab_size, chunk, loss_reduction
             )
-        return soft_cap_cross_entropy(self.lm_head(x)[..., :vocab_size], targets, loss_reduction)
+        return soft_cap_cross_entropy(self.lm_head(x)[..., : self.config.vocab_size], targets, loss_reduction)
+
+    def _loss_chunk(self, loss_reduction: str) -> int:
+        """Rows of logits per chunk of the loss, 0 for all: chunks pay only where gradients are wanted."""
+        if loss_reduction == "none" or not torch.is_grad_enabled():
+            return 0
+        if self.loss_chunk_tokens is None:
+            return CPU_LOSS_CHUNK if self.get_device().type == "cpu" else 0
+        return self.loss_chunk_tokens
 
     def _trunk(self, idx: Tensor, kv_cache: KVCache | None) -> Tensor:
         """Everything before the head: idx [B, T] -> normed activations [B, T, D]."""
