@@ -96,6 +96,10 @@ class StdlibCorpus(Corpus):
         return sorted(found)
 
     def fingerprint(self) -> str:
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         digest = hashlib.sha256(f"stdlib 1 {platform.python_version()}".encode())
         for key, path in self._files:
             digest.update(key.encode() + hashlib.sha256(_read_bytes(path)).digest())
