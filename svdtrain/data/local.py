@@ -69,13 +69,19 @@ class LocalCorpus(Corpus):
         self.name = path.resolve().name + (f"?source={source}" if source else "")
         self._last_is_validation = files[0].suffix == ".parquet" and len(files) > 1
 
-    def unfiltered(self) -> Corpus:
+    def unfiltered(self) -> LocalCorpus:
+        return self if self.source is None else self._unfiltered
+
+    @cached_property
+    def _unfiltered(self) -> LocalCorpus:
         return LocalCorpus(self.path, self.files)
 
     @cached_property
     def _fingerprint(self) -> str:
+        if self.source is not None:
+            return hashlib.sha256(f"{self._unfiltered.fingerprint()} {self.source!r}".encode()).hexdigest()
         total_bytes = sum(path.stat().st_size for path in self.files)
-        digest = hashlib.sha256(f"local 1 {self.source!r}".encode())
+        digest = hashlib.sha256(b"local 1")
         for path in self.files:
             digest.update(f"{path.name!r} {path.stat().st_size} ".encode())
             digest.update(_hash_file(path, whole=total_bytes <= FULL_HASH_BYTES))

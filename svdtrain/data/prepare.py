@@ -17,8 +17,8 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from pathlib import Path
 
 from svdtrain.data.corpus import Corpus, Split, open_corpus
 from svdtrain.data.errors import DataError
-from svdtrain.data.files import write_atomic
+from svdtrain.data.files import exclusive, write_atomic
 from svdtrain.data.token_files import TokenFiles, TokenWriter
 from svdtrain.data.tokenizer import Tokenizer
 
@@ -151,34 +151,15 @@ def _read_index(directory: Path) -> dict[str, TokenFiles] | None:
 
 
 def _build_exclusively(request: _Request, say: Progress) -> PreparedData:
+    lock = request.cache / "locks" / f"{request.corpus.unfiltered().fingerprint()[:24]}.lock"
     try:
-        with _lock(request, say):
+        with exclusive(lock, lambda: say("waiting for another process that prepares the same text")):
             return _build(request, say)
     except OSError as error:
         raise DataError(
             f"cannot write the cache {request.cache} ({error.strerror or error}): free some space, or name another "
             "directory with --cache-dir or SVDTRAIN_CACHE"
         ) from error
-
-
-@contextlib.contextmanager
-def _lock(request: _Request, say: Progress) -> Iterator[None]:
-    import filelock
-
-    path = request.cache / "locks" / f"{request.corpus.unfiltered().fingerprint()[:24]}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        say("waiting for another process that prepares the same text")
-        lock.acquire()
-    except NotImplementedError:
-        warnings.warn(f"no file locks in {path.parent}: processes that start together repeat the work", stacklevel=2)
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _build(request: _Request, say: Progress) -> PreparedData:
@@ -227,7 +208,8 @@ def _remove_abandoned(parent: Path) -> None:
 
 def _write_entry(request: _Request, tokenizer: Tokenizer, directory: Path, say: Progress) -> dict[str, TokenFiles]:
     directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=directory.parent, prefix="tmp-"))
+    temporary = directory.parent / f"tmp-{uuid.uuid4().hex}"  # not mkdtemp: others may read a shared cache
+    temporary.mkdir()
     try:
         splits = {split: _tokenise(request, tokenizer, temporary, split, say) for split in request.max_tokens}
         index = {

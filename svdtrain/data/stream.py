@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -144,7 +145,10 @@ class ValidationBatches:
         return len(self.rows)
 
     def __getitem__(self, number: int) -> Batch:
-        return self.files.rows(self.rows[number], self.seq_len)  # IndexError ends iteration
+        return self.files.rows(self.rows[number], self.seq_len)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (self[number] for number in range(len(self)))
 
 
 def validation_batches(

@@ -45,11 +45,11 @@ class TokenFiles:
         """Ids at positions start to stop, uint16 [stop - start]."""
         assert 0 <= start <= stop <= self.num_tokens, (start, stop, self.num_tokens)
         first, last = start // self.shard_tokens, max(start, stop - 1) // self.shard_tokens
-        offset = first * self.shard_tokens
-        if first == last:
-            return self._shards[first][start - offset : stop - offset]
-        joined = np.concatenate(self._shards[first : last + 1])
-        return joined[start - offset : stop - offset]
+        parts = []
+        for number in range(first, last + 1):
+            offset = number * self.shard_tokens
+            parts.append(self._shards[number][max(start - offset, 0) : stop - offset])
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def rows(self, indices: Sequence[int] | np.ndarray, seq_len: int) -> Batch:
         """Inputs and targets of the rows `indices`, int64 [len(indices), seq_len] each, on the CPU."""

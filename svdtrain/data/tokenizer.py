@@ -80,7 +80,7 @@ class Tokenizer:
         except ImportError:
             warnings.warn("rustbpe is not installed: every byte is a token (pip install rustbpe)", stacklevel=2)
             return cls.byte_level()
-        trainer = rustbpe.Tokenizer()
+        trainer = rustbpe.Tokenizer()  # pyright: ignore[reportAttributeAccessIssue], a native module without stubs
         trainer.train_from_iterator(
             (piece for text in texts for piece in _pieces(text)), num_ranks, pattern=SPLIT_PATTERN
         )
