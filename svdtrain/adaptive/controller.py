@@ -142,6 +142,26 @@ class AdaptiveSVD:
         for factors in self._lowrank():
             factors.clear_gradients()
 
+    def set_mode(self, name: str, r: int | None) -> None:
+        """Switch one matrix by hand, between steps: to (or at) rank r, or back to full training with None.
+
+        W is not written. Raises ValueError for an unknown name, an r outside [1, min(m, n)) or a matrix that cannot be
+        decomposed. The policy may decide otherwise at the next analysis; `svd_switching=False` keeps it from that.
+        """
+        if name not in self.targets:
+            raise ValueError(f"{name!r} is not watched; watched are: {', '.join(self.targets)}")
+        target = self.targets[name]
+        if r is None:
+            if target.factors is not None:
+                self._to_full(target)
+            return
+        (outcome,) = decompose_all([target.W])
+        if isinstance(outcome, str):
+            raise ValueError(f"{name!r} cannot be decomposed: {outcome}")
+        change = self._refactor if target.lowrank else self._to_lowrank
+        change(target, outcome, r)
+        target.r = r
+
     # --- what it knows ---
 
     def metrics(self) -> dict[str, float]:

@@ -16,9 +16,6 @@ from svdtrain.adaptive.precision import full_precision
 log = logging.getLogger(__name__)
 
 Moments = Literal["map", "reset"]
-FACTORS_OF = "svd_factors_of"
-"""Key that marks a param group of factors; its value is the index of the group whose matrices they replace. A key in
-the group, because `optimizer.load_state_dict` replaces every group dict by a new one."""
 
 
 class Adapter(Protocol):
@@ -58,11 +55,11 @@ class Adapter(Protocol):
 
 
 class Reregister:
-    """Takes W out of its param group and puts B and A into a sibling group with the same hyperparameters.
+    """Puts B and A where W was: into the same param group, at W's place, so with W's hyperparameters.
 
-    Sibling groups follow the host's groups, one per group that has low-rank matrices, each ordered as the host group
-    was: the layout depends on which matrices are low-rank, never on the order in which they switched. W returns to its
-    original place. State of every other parameter is never touched.
+    No group is added or removed, because torch's learning-rate schedulers refuse an optimizer whose number of groups
+    changed. An optimizer that batches parameters must do so by shape within a group. The layout depends on which
+    matrices are low-rank, never on the order in which they switched. State of every other parameter is never touched.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, targets: Mapping[str, nn.Parameter], moments: Moments) -> None:
@@ -78,6 +75,7 @@ class Reregister:
         }
         self._names = _parameter_names(optimizer)
         self._lowrank: dict[int, FactoredWeight] = {}
+        self._last_laid_out: list[FactoredWeight] = []
 
     def adopt(self, factors: FactoredWeight) -> None:
         """W leaves the optimizer with its state; B and A join with the mapped state (or none after `reset`)."""
@@ -109,10 +107,7 @@ class Reregister:
         self._lay_out()
 
     def before_step(self) -> None:
-        """Copy hyperparameters to the sibling groups: a schedule may know only the host's groups."""
-        hosts, siblings = self._groups()
-        for index, sibling in siblings.items():
-            _copy_hyperparameters(hosts[index], sibling)
+        """Nothing to do: B and A are in the host's groups."""
 
     def after_step(self) -> None:
         """Nothing to do: the host optimizer stepped B and A."""
@@ -124,33 +119,27 @@ class Reregister:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Nothing to do."""
 
-    def _groups(self) -> tuple[list[dict[str, Any]], dict[int, dict[str, Any]]]:
-        """The host's groups, and the sibling groups by the index of their host group."""
-        groups = self._optimizer.param_groups
-        hosts = [group for group in groups if FACTORS_OF not in group]
-        return hosts, {group[FACTORS_OF]: group for group in groups if FACTORS_OF in group}
-
     def _lay_out(self) -> None:
         """Rebuild every param list from which matrices are low-rank."""
-        hosts, siblings = self._groups()
-        expected = _ids(self._optimizer) - {id(t) for group in siblings.values() for t in group["params"]}
-        factor_groups = []
+        factor_ids = {id(t) for factors in self._last_laid_out for t in (factors.B, factors.A)}
+        expected = _ids(self._optimizer) - factor_ids
         for index, original in self._original.items():
-            original += [p for p in hosts[index]["params"] if all(p is not known for known in original)]
+            group = self._optimizer.param_groups[index]
+            known = factor_ids | {id(p) for p in original}
+            original += [p for p in group["params"] if id(p) not in known]  # added by the user since
             expected |= {id(p) for p in original}
-            lowrank = [self._lowrank[id(p)] for p in original if id(p) in self._lowrank]
-            _set_params(hosts[index], [p for p in original if id(p) not in self._lowrank], self._names)
-            if lowrank:
-                sibling = siblings.get(index, {FACTORS_OF: index})
-                _copy_hyperparameters(hosts[index], sibling)
-                _set_params(sibling, [t for factors in lowrank for t in (factors.B, factors.A)], self._factor_names())
-                factor_groups.append(sibling)
-        self._optimizer.param_groups[:] = hosts + factor_groups
+            _set_params(group, [t for p in original for t in self._trained(p)], self._names | self._factor_names())
         for factors in self._lowrank.values():
             expected = expected - {id(factors.W)} | {id(factors.B), id(factors.A)}
+        self._last_laid_out = list(self._lowrank.values())
         owned = [id(p) for group in self._optimizer.param_groups for p in group["params"]]
         assert len(owned) == len(set(owned)), "a parameter is in the optimizer twice"
         assert set(owned) == expected, "the optimizer's parameters are not exactly the trainable ones"
+
+    def _trained(self, p: nn.Parameter) -> list[nn.Parameter]:
+        """What stands in p's place: its factors in low-rank mode, itself otherwise."""
+        factors = self._lowrank.get(id(p))
+        return [p] if factors is None else [factors.B, factors.A]
 
     def _factor_names(self) -> dict[int, str]:
         names = {}
@@ -195,10 +184,6 @@ def _ids(optimizer: torch.optim.Optimizer) -> set[int]:
     return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
-def _copy_hyperparameters(source: dict[str, Any], destination: dict[str, Any]) -> None:
-    destination.update({key: value for key, value in source.items() if key not in ("params", "param_names")})
-
-
 def _parameter_names(optimizer: torch.optim.Optimizer) -> dict[int, str]:
     """Names that an optimizer built from `named_parameters()` keeps beside its parameters."""
     return {
@@ -209,6 +194,6 @@ def _parameter_names(optimizer: torch.optim.Optimizer) -> dict[int, str]:
 
 
 def _set_params(group: dict[str, Any], params: list[nn.Parameter], names: Mapping[int, str]) -> None:
-    group["params"] = params
+    group["params"][:] = params
     if names:
         group["param_names"] = [names[id(p)] for p in params if id(p) in names]
