@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 RUNS = Path("runs")
+DEFAULT_DEPTH = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +84,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     """
     _reject_unknown_flags(argv)
     preset, config_path, depth = (_peek(argv, flag) for flag in ("--preset", "--config", "--depth"))
-    settings = defaults_for_depth(int(depth)) if depth.isdigit() and int(depth) > 0 else {}
+    settings = defaults_for_depth(int(depth) if depth.isdigit() and int(depth) > 0 else DEFAULT_DEPTH)
     if preset:
         if preset not in PRESETS:
             raise ValueError(f"--preset {preset!r} does not exist; choose one of {', '.join(PRESETS)}")
