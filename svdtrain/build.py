@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +59,11 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
-def build_trainer(config: RunConfig, run_path: Path, console: Console) -> Trainer:
-    """Everything a run needs, ready for `Trainer.fit`. Raises ValueError where the configuration cannot work."""
+def build_trainer(config: RunConfig, run_path: Path, console: Console, *, extra_hooks: Sequence[Hook] = ()) -> Trainer:
+    """Everything a run needs, ready for `Trainer.fit`; `extra_hooks` are your own, called after ours of equal priority.
+
+    Raises ValueError where the configuration cannot work.
+    """
     kind = resolve_device(config.train.device).type
     world = init_world(kind)
     device = resolve_device(config.train.device, world.local_rank)
@@ -87,7 +90,7 @@ def build_trainer(config: RunConfig, run_path: Path, console: Console) -> Traine
     _describe(state, data, console)
     return Trainer(
         state,
-        build_hooks(config, model, device, world, console),
+        [*build_hooks(config, model, device, world, console), *extra_hooks],
         build_optimizer=_optimizer_builder(config),
         evaluate=_evaluator(config, data, device, world),
         compile_model=_compiler(config, device),
