@@ -10,6 +10,7 @@ hf:NAME[:CONFIG]           streamed from the Hugging Face hub, e.g. hf:HuggingFa
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import sysconfig
 from abc import ABC, abstractmethod
@@ -22,6 +23,7 @@ from svdtrain.data.errors import DataError
 
 Split = Literal["train", "val"]
 STDLIB_VALIDATION_SHARE = 0.05
+NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__"}
 
 
 class Corpus(ABC):
@@ -89,10 +91,14 @@ class StdlibCorpus(Corpus):
     @cached_property
     def _files(self) -> list[tuple[str, Path]]:
         found = []
-        for path in self.root.rglob("*.py"):
-            relative = path.relative_to(self.root)
-            if _is_library_source(relative) and path.is_file():
-                found.append((hashlib.sha256(relative.as_posix().encode()).hexdigest(), path))
+        for directory, subdirectories, names in os.walk(self.root):
+            subdirectories[:] = set(subdirectories) - NOT_LIBRARY  # site-packages may be huge: do not even look
+            for name in names:
+                path = Path(directory, name)
+                is_source = name.endswith(".py") and not name.startswith("_sysconfigdata")
+                if is_source and path.is_file():  # Linux distributions link some into /etc, at times to nowhere
+                    relative = path.relative_to(self.root).as_posix()
+                    found.append((hashlib.sha256(relative.encode()).hexdigest(), path))
         return sorted(found)
 
     def fingerprint(self) -> str:
@@ -112,11 +118,6 @@ class StdlibCorpus(Corpus):
                 text = _decode_or_none(_read_bytes(path))
                 if text and not text.isspace():
                     yield text
-
-
-def _is_library_source(relative: Path) -> bool:
-    excluded = {"site-packages", "dist-packages", "__pycache__"}
-    return not excluded & set(relative.parts) and not relative.name.startswith("_sysconfigdata")
 
 
 def _read_bytes(path: Path) -> bytes:

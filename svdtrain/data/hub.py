@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import logging
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -51,7 +53,8 @@ class HubCorpus(Corpus):
             raise DataError("--data hf:... needs the package datasets: pip install datasets") from error
         wanted = ["text"] if self.source is None else ["text", "source"]
         try:
-            rows = datasets.load_dataset(self.dataset, self.config, split="train", streaming=True)
+            with _no_warnings_from_hub():
+                rows = datasets.load_dataset(self.dataset, self.config, split="train", streaming=True)
             self._check_columns(getattr(rows, "column_names", None) or list(next(iter(rows), {})), wanted)
             yield from rows.select_columns(wanted)
         except DataError:
@@ -66,3 +69,15 @@ class HubCorpus(Corpus):
         for column in wanted:
             if column not in existing:
                 raise DataError(f"{self.name} has no column {column!r}; its columns are: {', '.join(existing)}")
+
+
+@contextlib.contextmanager
+def _no_warnings_from_hub() -> Iterator[None]:
+    """Without network the client prints a line per retry, ten of them; the DataError that follows says it once."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import shutil
@@ -56,6 +57,7 @@ class TestStdlib:
             path.write_text("value = 'must not appear'\n")
         (root / "package0" / "latin.py").write_bytes("# -*- coding: latin-1 -*-\n# é".encode("latin-1"))
         (root / "package0" / "__init__.py").write_text("")
+        (root / "sitecustomize.py").symlink_to(tmp_path / "nowhere.py")
         return root
 
     def test_splits_every_library_file_once(self, library: Path) -> None:
@@ -66,7 +68,7 @@ class TestStdlib:
 
     def test_order_and_fingerprint_do_not_depend_on_the_place(self, library: Path, tmp_path: Path) -> None:
         first = StdlibCorpus(library)
-        shutil.copytree(library, tmp_path / "elsewhere")
+        shutil.copytree(library, tmp_path / "elsewhere", symlinks=True)
         second = StdlibCorpus(tmp_path / "elsewhere")
         assert list(first.documents("train")) == list(second.documents("train"))
         assert first.fingerprint() == second.fingerprint()
@@ -305,14 +307,20 @@ class TestHub:
         fake_hub["columns"] = ["content"]
         assert "no column 'text'; its columns are: content" in error_of("hf:org/name")
 
-    def test_offline_is_one_line(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_offline_is_one_line(self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+        logger = logging.getLogger("huggingface_hub.utils")
+        level = logger.getEffectiveLevel()
+
         def load_dataset(*_: object, **__: object) -> None:
+            logger.warning("retrying")
             raise ConnectionError("no route\nto host")
 
         monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
         message = error_of("hf:org/name")
         assert "ConnectionError: no route)" in message
         assert "--data stdlib" in message
+        assert caplog.records == []
+        assert logger.getEffectiveLevel() == level
 
     def test_package_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "datasets", None)
