@@ -87,6 +87,7 @@ class TestContent:
         whole = prepare_small(shards, cache)
         assert {part.tokenizer.fingerprint() for part in parts} == {whole.tokenizer.fingerprint()}
         assert len({part.fingerprint for part in [*parts, whole]}) == 3
+        assert len(list((cache / "tokenizers").iterdir())) == 1
         assert sum(part.train.num_documents for part in parts) < whole.train.num_documents
 
     def test_given_tokenizer(self, shards: Path, cache: Path) -> None:
