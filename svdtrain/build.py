@@ -173,7 +173,7 @@ def _evaluator(
     def validation() -> Any:
         return validation_batches(
             data.val,
-            batch_size=config.train.device_batch_size,
+            batch_size=config.train.device_batch_size * world.size,
             seq_len=config.model.max_seq_len,
             num_tokens=config.train.eval_tokens,
             rank=world.rank,
