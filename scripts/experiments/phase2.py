@@ -1,0 +1,45 @@
+"""Phase 2: depth 4, all attention, 2,000 steps at the reference sizes, several seeds, against plain full training.
+
+    python scripts/experiments/phase2.py --data DIR --out docs/results/phase2.json [--device cuda --parallel 6]
+
+DIR: parquet shards of text. Both arms of a seed start from the same weights and see the same batches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from runs import REFERENCE_SIZES, Arm, run_arms, write_rows
+
+ARMS = {
+    "full": {"svd-preset": "off"},
+    "original-rule": {"svd-preset": "fast", "svd-rule": "original"},
+    "calibrated-rule": {"svd-preset": "fast", "svd-rule": "calibrated"},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--parallel", type=int, default=1, help="runs at a time")
+    parser.add_argument("--runs", type=Path, default=Path("runs/phase2"))
+    parser.add_argument("--out", type=Path, default=Path("docs/results/phase2.json"))
+    arguments = parser.parse_args()
+    flags = {**REFERENCE_SIZES, "data": arguments.data, "device": arguments.device, "dtype": "fp32", "compile": "off"}
+    arms = [
+        Arm(name=name, seed=1337 + i, flags={**flags, **extra})
+        for i in range(arguments.seeds)
+        for name, extra in ARMS.items()
+    ]
+    rows = run_arms(arms, arguments.runs, parallel=arguments.parallel)
+    command = f"python scripts/experiments/phase2.py --data DIR --device {arguments.device} --seeds {arguments.seeds}"
+    write_rows(rows, arguments.out, command)
+
+
+if __name__ == "__main__":
+    main()
