@@ -54,7 +54,7 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, *, w
     """The concrete backend for one layer."""
     if backend == "auto":
         half = dtype in (torch.bfloat16, torch.float16)
-        backend = "flash+sdpa" if device.type == "cuda" and half else "blocked"
+        backend = "blocked" if device.type == "cpu" else "flash+sdpa" if device.type == "cuda" and half else "sdpa"
     check_backend(backend)
     return backend.split("+")[0 if windowed else -1]
 
@@ -100,8 +100,8 @@ def _attend_sdpa(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: flo
 
 
 def _attend_blocked(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor:
-    if window is None:
-        return _sdpa(q, k, v, scale, causal=True)
+    if window is None or torch.compiler.is_compiling():  # its writes into slices do not trace
+        return _attend_sdpa(q, k, v, window, scale)
     group = q.size(2) // k.size(2)
     k, v = (x if group == 1 else x.repeat_interleave(group, dim=2) for x in (k, v))
     y = BlockedAttention.apply(*(x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)), window, scale)

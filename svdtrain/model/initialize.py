@@ -25,9 +25,9 @@ def init_2026(model: GPT, generator: Generator) -> None:
     _normal(model.lm_head.weight, 0.001, generator)
     for block in model.blocks:
         _init_block_2026(block, bound, generator)
-    depth_share = torch.arange(config.n_layer) / max(config.n_layer - 1, 1)
-    model.resid_lambdas.copy_(1.15 - 0.10 * depth_share)
-    model.x0_lambdas.copy_(0.20 - 0.15 * depth_share)
+    last = max(config.n_layer - 1, 1)
+    model.resid_lambdas.copy_(torch.tensor([1.15 - 0.10 * layer / last for layer in range(config.n_layer)]))
+    model.x0_lambdas.copy_(torch.tensor([0.20 - 0.15 * layer / last for layer in range(config.n_layer)]))
     model.smear_lambda.zero_()
     model.backout_lambda.fill_(0.2)
     _uniform(model.smear_gate.weight, 0.0, 0.02, generator)
