@@ -137,7 +137,7 @@ def _calibrated_reason(
     lift, z = (measured.gradient_lift, measured.gradient_z) if lowrank else (measured.update_lift, measured.update_z)
     harmless = measured.interference <= 0  # False for nan: not measured
     directed = lift > limits.lift and z > limits.z
-    turning = not lowrank and measured.rotation_ratio > limits.rotation and lift > 1
+    turning = not lowrank and measured.rotation_ratio > limits.rotation
     if (directed or turning) and not harmless:
         return "gradient_clobbering_risk"
     explained = lowrank or measured.rotation_ratio <= limits.rotation
