@@ -15,6 +15,7 @@ from svdtrain.config import SVDConfig
 
 Q = "h.0.attn.c_q"
 STEPS = 6
+ADAPTERS = ("reregister", "shadow")
 
 
 def train(model: torch.nn.Module, parts: list[int], adapter: str) -> list[str]:
@@ -33,26 +34,27 @@ def train(model: torch.nn.Module, parts: list[int], adapter: str) -> list[str]:
     return [str(change) for change in svd.changes]
 
 
-def worker(rank: int, directory: str, adapter: str) -> None:
+def worker(rank: int, directory: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=2)
     try:
-        model = torch.nn.parallel.DistributedDataParallel(make_toy())
-        changes = train(model, [rank], adapter)
-        torch.save((model.module.state_dict(), changes), f"{directory}/{rank}.pt")
+        for adapter in ADAPTERS:
+            model = torch.nn.parallel.DistributedDataParallel(make_toy())
+            changes = train(model, [rank], adapter)
+            torch.save((model.module.state_dict(), changes), f"{directory}/{adapter}-{rank}.pt")
     finally:
         dist.destroy_process_group()
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("adapter", ["reregister", "shadow"])
-def test_ranks_agree_and_equal_one_process(adapter: str, tmp_path: Path) -> None:
-    multiprocessing.spawn(worker, args=(str(tmp_path), adapter), nprocs=2)
-    (first, changes_0), (second, changes_1) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    assert changes_0 == changes_1
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    model = make_toy()
-    changes = train(model, [0, 1], adapter)
-    assert changes == changes_0
-    for name, p in model.state_dict().items():
-        torch.testing.assert_close(first[name], p, rtol=0, atol=1e-4)
+def test_ranks_agree_and_equal_one_process(tmp_path: Path) -> None:
+    multiprocessing.spawn(worker, args=(str(tmp_path),), nprocs=2)
+    for adapter in ADAPTERS:
+        (first, changes_0), (second, changes_1) = (torch.load(tmp_path / f"{adapter}-{rank}.pt") for rank in (0, 1))
+        assert changes_0 == changes_1
+        assert all(torch.equal(first[name], second[name]) for name in first)
+        model = make_toy()
+        changes = train(model, [0, 1], adapter)
+        assert changes == changes_0
+        for name, p in model.state_dict().items():
+            torch.testing.assert_close(first[name], p, rtol=0, atol=1e-4)

@@ -155,13 +155,8 @@ def test_no_single_value_of_the_lift_switches_both_ways(
     lift: float, z: float, rho: float, gradient: float, lowrank: bool, analyses: int
 ) -> None:
     """Feeding one measurement again and again ends in a mode that stays."""
-    numbers = {
-        "update_lift": lift,
-        "update_z": z,
-        "gradient_lift": lift,
-        "gradient_z": z,
-        "rotation_ratio": min(rho, 4),
-    }
+    numbers = {"update_lift": lift, "update_z": z, "gradient_lift": lift, "gradient_z": z}
+    numbers["rotation_ratio"] = min(rho, LIMITS.rotation)
     first, _ = calibrated(lowrank, 10, **numbers)
     second, _ = calibrated(first, 10, **numbers)
     third, _ = calibrated(second, 10, **numbers)
