@@ -61,16 +61,22 @@ class CalibratedThresholds:
     calm_lift: float
     """Times chance below which the danger is over: less than `lift`, so noise around one value switches nothing."""
     rotation: float
-    """rho from which the principal subspace turns more than the size of the update explains."""
+    """rho from which the principal subspace turns more than the size of the update explains. A rank-one update that
+    does nothing else reaches m n / (k (m - k)), which is 4 for a square matrix cut in the middle."""
+    established: float = 0.5
+    """||dW|| / ||W|| between two analyses above which there is nothing to clobber yet: W, often zero at first, still
+    consists of its last updates, which then look aligned with it."""
 
     def __post_init__(self) -> None:
         if not self.calm_lift < self.lift:
             raise ValueError(f"calm_lift ({self.calm_lift}) must be below lift ({self.lift})")
 
 
+# Chosen from 200 quiet steps of a depth-4 GPT under Muon, 16 matrices, 320 analyses: lift of the applied update 1.0 to
+# 1.3 once established, rotation ratio .85 in the median, above 2 in about 2 % and above 3 in under 1 % of them.
 CALIBRATED_PRESETS: dict[str, CalibratedThresholds] = {
-    "conservative": CalibratedThresholds(lift=2.0, z=4.0, calm_lift=1.5, rotation=4.0),
-    "fast": CalibratedThresholds(lift=1.5, z=3.0, calm_lift=1.25, rotation=2.5),
+    "conservative": CalibratedThresholds(lift=2.0, z=4.0, calm_lift=1.5, rotation=3.0),
+    "fast": CalibratedThresholds(lift=1.5, z=3.0, calm_lift=1.25, rotation=2.0),
 }
 _TO_LOWRANK = frozenset({"gradient_clobbering_risk", "optimal_lowrank_conditions"})
 _TO_FULL = frozenset({"nothing_to_train", "reconstruction_unsafe", "risk_over"})
@@ -131,11 +137,13 @@ def _calibrated_reason(
     In full mode the applied update is judged: danger is a lift with its z, or a rotation that its size does not
     explain. In low-rank mode the update is confined to the minor directions by construction and says nothing, so the
     gradient is judged, and the danger lasts until its lift falls below `calm_lift` (hysteresis): then `risk_over`.
-    Measured interference that is not positive vetoes the danger: what moves does no harm. Optimal: the update (the
+    Measured interference that is not positive vetoes the danger (what moves does no harm), and so does a matrix that
+    is not established yet. Optimal: the update (the
     gradient, in low-rank mode) is no more principal than chance, the rotation is explained, and rank r holds W.
     """
     lift, z = (measured.gradient_lift, measured.gradient_z) if lowrank else (measured.update_lift, measured.update_z)
-    harmless = measured.interference <= 0  # False for nan: not measured
+    # Comparisons with nan (not measured) are False.
+    harmless = measured.interference <= 0 or (not lowrank and measured.update_size > limits.established)
     directed = lift > limits.lift and z > limits.z
     turning = not lowrank and measured.rotation_ratio > limits.rotation
     if (directed or turning) and not harmless:

@@ -100,15 +100,22 @@ def test_calibrated_alarm_needs_lift_and_z_of_the_update() -> None:
 
 
 def test_calibrated_alarm_by_rotation() -> None:
-    assert calibrated(rotation_ratio=4.1) == (True, "gradient_clobbering_risk")
+    assert calibrated(rotation_ratio=3.1) == (True, "gradient_clobbering_risk")
     # What turns U_k lies outside U_k, so the principal share of such an update is small: the two alarms are different.
-    assert calibrated(rotation_ratio=4.1, update_lift=0.1) == (True, "gradient_clobbering_risk")
+    assert calibrated(rotation_ratio=3.1, update_lift=0.1) == (True, "gradient_clobbering_risk")
 
 
 def test_measured_interference_has_the_last_word() -> None:
     alarm = {"update_lift": 2.1, "update_z": 4.1}
     assert calibrated(**alarm, interference=0.02) == (True, "gradient_clobbering_risk")
     assert calibrated(**alarm, interference=-0.02) == (False, "neutral")
+
+
+def test_a_matrix_that_is_still_being_built_is_not_protected() -> None:
+    """Zero at the start, W is the sum of its updates: they align with it without clobbering anything."""
+    alarm = {"update_lift": 4.0, "update_z": 90.0}
+    assert calibrated(**alarm, update_size=0.8) == (False, "neutral")
+    assert calibrated(**alarm, update_size=0.4) == (True, "gradient_clobbering_risk")
 
 
 def test_hysteresis_between_the_two_lifts() -> None:
