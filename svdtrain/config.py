@@ -173,11 +173,33 @@ class SVDConfig:
     """Optimizer moments of B and A at a switch: mapped from W's by the chain rule, or zero."""
     svd_switching: bool = True
     """False: watch only, never switch."""
+    svd_rule: Literal["calibrated", "original"] = "calibrated"
+    """What decides: evidence against chance (lift, z, rotation ratio), or the fixed shares of the original design."""
+    svd_min_dwell: int = 3
+    """Analyses that a matrix stays in a mode before the calibrated rule may change it again."""
+    svd_protect: Literal["minor", "core", "middle", "principal", "random", "activation"] = "minor"
+    """What low-rank mode trains (minor, middle, principal, random singular directions), or what it keeps updates out
+    of: core (the principal-principal block), activation (the principal inputs of a reference set)."""
+    svd_protect_share: float = 0.25
+    """activation: share of the input directions that are protected."""
+    svd_protect_strength: float = 0.0
+    """activation: 0 protects them outright; above 0 shrinks updates softly, 4 is a good start."""
+    svd_match_rms: bool = False
+    """Scale updates in low-rank mode to the norm that the full update would have had."""
 
     def __post_init__(self) -> None:
         _require(self.svd_interval >= 1, f"--svd-interval must be at least 1, got {self.svd_interval}")
         _require(self.svd_min_rank >= 1, f"--svd-min-rank must be at least 1, got {self.svd_min_rank}")
         _require(self.svd_warmup >= 0, f"--svd-warmup must not be negative, got {self.svd_warmup}")
+        _require(self.svd_min_dwell >= 0, f"--svd-min-dwell must not be negative, got {self.svd_min_dwell}")
+        _require(
+            0 < self.svd_protect_share < 1,
+            f"--svd-protect-share must lie between 0 and 1, e.g. 0.25; got {self.svd_protect_share}",
+        )
+        _require(
+            self.svd_protect_strength >= 0,
+            f"--svd-protect-strength must not be negative, got {self.svd_protect_strength}",
+        )
 
     @property
     def thresholds(self) -> PolicyThresholds:

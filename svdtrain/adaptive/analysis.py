@@ -18,7 +18,10 @@ from svdtrain.spectral.metrics import (
     compute_reconstruction_error,
     compute_singular_value_concentration,
     compute_subspace_angle,
+    matrix_participation_ratio,
+    sin_theta_squared,
 )
+from svdtrain.spectral.null import rotation_null, rotation_ratio, share_evidence, update_variance
 from svdtrain.spectral.rank import determine_next_r, initial_rank
 
 _ENERGY_PERCENTILE = 0.9
@@ -72,29 +75,48 @@ def measure(
     U, S, V = decomposition.U, decomposition.S, decomposition.V
     with full_precision(W.device):
         principal, minor = compute_gradient_alignment(G, U, S, r)
-        angle, update_size, update_alignment = _since(history, W, decomposition, r)
+        gradient_lift, gradient_z = _evidence(G, principal, S.numel() - r)
         energy = S.double().square()
         total = float(energy.sum())
         return Measurement(
-            principal_alignment=float(principal),
-            minor_alignment=float(minor),
-            subspace_angle=angle,
-            concentration=float(compute_singular_value_concentration(S, _ENERGY_PERCENTILE)),
-            reconstruction_error=float(compute_reconstruction_error(W, U, S, V, r)),
+            principal_alignment=principal,
+            minor_alignment=minor,
+            gradient_lift=gradient_lift,
+            gradient_z=gradient_z,
+            concentration=compute_singular_value_concentration(S, _ENERGY_PERCENTILE),
+            reconstruction_error=compute_reconstruction_error(W, U, S, V, r),
             minor_energy=float(energy[-r:].sum()) / total if total > 0 else 0.0,
-            update_size=update_size,
-            update_alignment=update_alignment,
             r_next=min(determine_next_r(S, history.S if history else None, r, min(r_min, r)), S.numel() - 1),
+            **_since(history, W, decomposition, r),
         )
 
 
-def _since(history: History | None, W: Tensor, decomposition: Decomposition, r: int) -> tuple[float, float, float]:
-    """Angle to the last basis, ||dW|| / ||W|| and principal share of dW; nan without a history."""
+def _evidence(X: Tensor, share: float, k: int) -> tuple[float, float]:
+    """Lift and z of the share of X [m, n] in k left directions; nan for X = 0."""
+    participation = matrix_participation_ratio(X)
+    if not float(participation) > 0:
+        return math.nan, math.nan
+    evidence = share_evidence(participation.new_tensor(share), k, X.shape[-2], participation)
+    return float(evidence.lift), float(evidence.z)
+
+
+def _since(history: History | None, W: Tensor, decomposition: Decomposition, r: int) -> dict[str, float]:
+    """What happened since the last analysis: rotation and applied update. All nan without one."""
+    names = ("subspace_angle", "rotation_ratio", "update_size", "update_alignment", "update_lift", "update_z")
+    numbers: dict[str, float] = {name: math.nan for name in names}
     if history is None:
-        return math.nan, math.nan, math.nan
+        return numbers
     U, S = decomposition.U, decomposition.S
-    k = min(history.U_k.shape[1], S.numel() - r)
     dW = W.detach() - history.W
-    size = float(torch.linalg.vector_norm(dW) / torch.linalg.vector_norm(W))
-    share = float(compute_gradient_alignment(dW, U, S, r)[0]) if size > 0 else math.nan
-    return float(compute_subspace_angle(history.U_k, U, k)) if k > 0 else math.nan, size, share
+    numbers["update_size"] = float(torch.linalg.vector_norm(dW) / torch.linalg.vector_norm(W.detach()))
+    if numbers["update_size"] > 0:
+        share, _ = compute_gradient_alignment(dW, U, S, r)
+        lift, z = _evidence(dW, share, S.numel() - r)
+        numbers |= {"update_alignment": share, "update_lift": lift, "update_z": z}
+    k = min(history.U_k.shape[1], S.numel() - r)
+    if k > 0:
+        numbers["subspace_angle"] = compute_subspace_angle(history.U_k, U, k)
+        turned = sin_theta_squared(history.U_k[:, :k], U[:, :k])
+        expected = rotation_null(history.S, k, update_variance(dW), W.shape[0])
+        numbers["rotation_ratio"] = float(rotation_ratio(turned, expected))
+    return numbers

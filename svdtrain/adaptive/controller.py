@@ -7,84 +7,28 @@ import logging
 import math
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from svdtrain.adaptive.analysis import History, decompose_all, measure, starting_rank
 from svdtrain.adaptive.factors import FactoredWeight
-from svdtrain.adaptive.policy import should_use_lowrank_training
+from svdtrain.adaptive.guard import UpdateGuard
+from svdtrain.adaptive.policy import CALIBRATED_PRESETS, Measurement, should_use_lowrank_training
 from svdtrain.adaptive.registration import Adapter, Reregister
+from svdtrain.adaptive.shadow import Shadow
+from svdtrain.adaptive.target import Change, ChangeKind, Target
 from svdtrain.adaptive.targets import select_targets
+from svdtrain.adaptive.transitions import Transitions
 from svdtrain.config import SVDConfig
 from svdtrain.spectral.decompose import Decomposition
 
 logger = logging.getLogger(__name__)
 
-ChangeKind = Literal["to_lowrank", "to_full", "rank"]
 _STATE_VERSION = 1
 _attached: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Change:
-    """One matrix changed its mode or its rank. In full mode a rank is that of the whole matrix, g."""
-
-    name: str
-    kind: ChangeKind
-    r_old: int
-    r_new: int
-    reason: str
-    step: int
-    diagnostics: dict[str, Any]
-
-    def __str__(self) -> str:
-        """`h.0.attn.c_q -> low-rank r=196: gradient_clobbering_risk`."""
-        mode = "full" if self.kind == "to_full" else f"low-rank r={self.r_new}"
-        return f"{self.name} -> {mode}: {self.reason}"
-
-
-@dataclass(kw_only=True, eq=False)
-class Target:
-    """One watched matrix and everything known of it."""
-
-    name: str
-    W: nn.Parameter
-    r: int | None = None
-    """Rank in force, also while in full mode; None before the first analysis."""
-    factors: FactoredWeight | None = None
-    """Present in low-rank mode."""
-    history: History | None = None
-    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
-    num_switches: int = 0
-
-    @property
-    def lowrank(self) -> bool:
-        """Whether the optimizer owns B and A instead of W."""
-        return self.factors is not None
-
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and primitives."""
-        factors = self.factors
-        return {
-            "shape": list(self.W.shape),
-            "r": self.r,
-            "factors": None
-            if factors is None
-            else {"W_p": factors.W_p, "B": factors.B.detach(), "A": factors.A.detach()},
-            "history": None if self.history is None else self.history.state_dict(),
-            "metrics": dict(self.metrics),
-            "num_switches": self.num_switches,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Inverse of `state_dict`."""
-        self.r, self.num_switches, self.metrics = state["r"], state["num_switches"], dict(state["metrics"])
-        saved, past = state["factors"], state["history"]
-        self.factors = None if saved is None else FactoredWeight.restored(self.W, **saved)
-        self.history = None if past is None else History.from_state(past, self.W.device)
 
 
 class AdaptiveSVD:
@@ -111,17 +55,27 @@ class AdaptiveSVD:
         found = select_targets(model, self.config.svd_targets)
         self.targets = {name: Target(name=name, W=W) for name, W in found.items()}
         self._optimizer = optimizer
-        self._adapter: Adapter = adapter or Reregister(optimizer, found, self.config.svd_moments)
+        self._adapter: Adapter = adapter or self._default_adapter(optimizer, found)
+        self._transitions = Transitions(self.config, self._adapter)
+        self._interference: dict[str, float] = {}
         self._log = log or logger.info
         self._events: list[dict[str, Any]] = []
         _attached.add(optimizer)
+
+    def _default_adapter(self, optimizer: torch.optim.Optimizer, targets: Mapping[str, nn.Parameter]) -> Adapter:
+        kind = Shadow if self.config.svd_adapter == "shadow" else Reregister
+        return kind(optimizer, targets, self.config.svd_moments)
 
     # --- the training loop calls these ---
 
     def project_gradients(self) -> None:
         """B.grad and A.grad from G for every low-rank matrix; call once a step, with G averaged and complete."""
-        for factors in self._lowrank():
+        for factors in self._factors():
             factors.project_gradient()
+            if self.config.svd_match_rms:
+                factors.remember()
+        for guard in self._guards():
+            guard.before_step()
         self._adapter.before_step()
 
     def after_step(self, step: int, stepped: bool = True) -> list[Change]:
@@ -129,18 +83,30 @@ class AdaptiveSVD:
         vetoed; nothing is merged or analysed. Gradients that `optimizer.zero_grad` cannot reach are dropped."""
         changes: list[Change] = []
         if stepped:
-            self._adapter.after_step()
-            for factors in self._lowrank():
-                factors.merge()
+            self._apply_step()
             if self.config.svd_preset != "off" and step % self.config.svd_interval == 0:
                 changes = self._analyse(step)
         self.clear_gradients()
         return changes
 
+    def _apply_step(self) -> None:
+        self._adapter.after_step()
+        for factors in self._factors():
+            if factors.B.grad is None:  # no gradient reached this matrix: no step was taken
+                factors.merge()
+                continue
+            if self.config.svd_match_rms:
+                factors.match_update(partial(self._adapter.full_update_norm, factors))
+            factors.merge()
+        for guard in self._guards():
+            guard.after_step(match_rms=self.config.svd_match_rms)
+
     def clear_gradients(self) -> None:
-        """Drop W.grad, B.grad and A.grad of the low-rank matrices."""
-        for factors in self._lowrank():
+        """Drop B.grad and A.grad of the low-rank matrices, and W.grad where the host's zero_grad misses it."""
+        for factors in self._factors():
             factors.clear_gradients()
+            if not self._adapter.host_clears_gradients:
+                factors.W.grad = None
 
     def set_mode(self, name: str, r: int | None) -> None:
         """Switch one matrix by hand, between steps: to (or at) rank r, or back to full training with None.
@@ -152,15 +118,28 @@ class AdaptiveSVD:
             raise ValueError(f"{name!r} is not watched; watched are: {', '.join(self.targets)}")
         target = self.targets[name]
         if r is None:
-            if target.factors is not None:
-                self._to_full(target)
+            if target.lowrank:
+                self._transitions.to_full(target)
             return
+        if not self._transitions.possible(target):
+            raise ValueError(f"{name!r}: protect=activation needs set_references() first")
         (outcome,) = decompose_all([target.W])
         if isinstance(outcome, str):
             raise ValueError(f"{name!r} cannot be decomposed: {outcome}")
-        change = self._refactor if target.lowrank else self._to_lowrank
-        change(target, outcome, r)
+        (self._transitions.refactor if target.lowrank else self._transitions.to_lowrank)(target, outcome, r)
         target.r = r
+
+    def set_references(self, covariances: Mapping[str, Tensor]) -> None:
+        """E[x x^T] [n, n] of each matrix' inputs on reference data, by short name, for protect=activation. Raises
+        ValueError for a name that is not watched."""
+        unknown = set(covariances) - set(self.targets)
+        if unknown:
+            raise ValueError(f"not watched: {sorted(unknown)[:3]}; watched are: {', '.join(self.targets)}")
+        self._transitions.set_references({name: C.detach().clone() for name, C in covariances.items()}, self.targets)
+
+    def note_interference(self, nats: Mapping[str, float]) -> None:
+        """<G_ref, dW> by short name, for the next analysis only: the calibrated rule lets what does no harm pass."""
+        self._interference.update(nats)
 
     # --- what it knows ---
 
@@ -181,14 +160,14 @@ class AdaptiveSVD:
 
     def summary(self) -> dict[str, Any]:
         """Counts for a table: matrices watched, low-rank now, switches so far, ranks, trainable parameters."""
-        lowrank = {t.name: t.factors for t in self.targets.values() if t.factors is not None}
+        lowrank = {t.name: t.form for t in self.targets.values() if t.form is not None}
         return {
             "num_targets": len(self.targets),
             "num_lowrank": len(lowrank),
             "num_switches": sum(t.num_switches for t in self.targets.values()),
-            "ranks": {name: factors.r for name, factors in lowrank.items()},
+            "ranks": {name: form.r for name, form in lowrank.items()},
             "num_trainable": sum(
-                t.W.numel() if t.factors is None else t.factors.counts().trainable for t in self.targets.values()
+                t.W.numel() if t.form is None else t.form.counts().trainable for t in self.targets.values()
             ),
             "num_parameters": sum(t.W.numel() for t in self.targets.values()),
         }
@@ -210,6 +189,7 @@ class AdaptiveSVD:
             "version": _STATE_VERSION,
             "targets": {name: t.state_dict() for name, t in self.targets.items()},
             "adapter": self._adapter.state_dict(),
+            "references": dict(self._transitions.references),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -223,19 +203,25 @@ class AdaptiveSVD:
         self._check_state(state)
         for name, target in self.targets.items():
             target.load_state_dict(state["targets"][name])
-        self._adapter.restore(self._lowrank())
+        self._transitions.references = {
+            name: C.to(self.targets[name].W.device, copy=True) for name, C in state["references"].items()
+        }
+        self._adapter.restore(self._factors())
 
     def detach(self) -> None:
         """Back to plain training: every matrix in full mode in its original place, no trace in the optimizer."""
         for target in self.targets.values():
-            if target.factors is not None:
-                self._to_full(target)
+            if target.lowrank:
+                self._transitions.to_full(target)
         _attached.discard(self._optimizer)
 
     # --- analysis and switching ---
 
-    def _lowrank(self) -> list[FactoredWeight]:
+    def _factors(self) -> list[FactoredWeight]:
         return [t.factors for t in self.targets.values() if t.factors is not None]
+
+    def _guards(self) -> list[UpdateGuard]:
+        return [t.guard for t in self.targets.values() if t.guard is not None]
 
     def _analyse(self, step: int) -> list[Change]:
         ready = [target for target in self.targets.values() if self._has_finite_numbers(target, step)]
@@ -248,6 +234,7 @@ class AdaptiveSVD:
             if change is not None:
                 self._log(str(change))
                 changes.append(change)
+        self._interference.clear()
         return changes
 
     def _has_finite_numbers(self, target: Target, step: int) -> bool:
@@ -268,16 +255,35 @@ class AdaptiveSVD:
             r = starting_rank(decomposition.S, self.config.svd_min_rank)
         assert target.W.grad is not None
         measured = measure(target.W, target.W.grad, decomposition, target.history, r=r, r_min=self.config.svd_min_rank)
-        use_lowrank, r_next, diagnostics = should_use_lowrank_training(
-            measured, self.config.thresholds, lowrank=target.lowrank, r=r, step=step, warmup=self.config.svd_warmup
-        )
-        if not self.config.svd_switching:
-            use_lowrank = target.lowrank
+        measured = dataclasses.replace(measured, interference=self._interference.get(target.name, math.nan))
+        use_lowrank, r_next, diagnostics = self._ask_policy(target, measured, r, step)
         change = self._apply(target, decomposition, use_lowrank, r_next, diagnostics, step)
         target.r, target.history = r_next, History.of(target.W, decomposition, r_next)
         numbers = {key: float(value) for key, value in dataclasses.asdict(measured).items() if key != "r_next"}
         target.metrics = {**numbers, "r": float(r_next), "mode": float(target.lowrank)}
         return change
+
+    def _ask_policy(self, target: Target, measured: Measurement, r: int, step: int) -> tuple[bool, int, dict[str, Any]]:
+        config = self.config
+        target.analyses_in_mode += 1
+        use_lowrank, r_next, diagnostics = should_use_lowrank_training(
+            measured,
+            config.thresholds,
+            lowrank=target.lowrank,
+            r=r,
+            step=step,
+            warmup=config.svd_warmup,
+            calibrated=CALIBRATED_PRESETS[config.svd_preset] if config.svd_rule == "calibrated" else None,
+            analyses_in_mode=target.analyses_in_mode if target.num_switches else None,
+            min_dwell=config.svd_min_dwell,
+        )
+        logger.debug("step %d, %s: %s", step, target.name, diagnostics)
+        if not config.svd_switching:
+            use_lowrank = target.lowrank
+        elif use_lowrank and not self._transitions.possible(target):
+            self._warn(step, target.name, "protect=activation, but nothing is known of its inputs: it stays full")
+            use_lowrank = target.lowrank
+        return use_lowrank, r_next, diagnostics
 
     def _apply(
         self,
@@ -289,47 +295,20 @@ class AdaptiveSVD:
         step: int,
     ) -> Change | None:
         """Bring the matrix into the decided mode and rank; None when neither changed."""
-        before = target.factors.r if target.factors is not None else min(target.W.shape)
-        if use_lowrank and target.factors is None:
-            kind: ChangeKind = "to_lowrank"
-            self._to_lowrank(target, decomposition, r)
+        before = target.num_free_directions
+        kind: ChangeKind = "rank" if target.lowrank == use_lowrank else ("to_lowrank" if use_lowrank else "to_full")
+        if kind == "to_full":
+            self._transitions.to_full(target)
+        elif kind == "to_lowrank":
+            self._transitions.to_lowrank(target, decomposition, r)
         elif use_lowrank:
-            kind = "rank"
-            self._refactor(target, decomposition, r)
-        elif target.factors is not None:
-            kind = "to_full"
-            self._to_full(target)
-        else:
-            return None
-        after = target.factors.r if target.factors is not None else min(target.W.shape)
-        if kind == "rank" and before == after:
+            self._transitions.refactor(target, decomposition, r)
+        if kind == "rank" and before == target.num_free_directions:
             return None
         return Change(
-            name=target.name, kind=kind, r_old=before, r_new=after,
+            name=target.name, kind=kind, r_old=before, r_new=target.num_free_directions,
             reason=diagnostics["reason"], step=step, diagnostics=diagnostics,
         )  # fmt: skip
-
-    def _to_lowrank(self, target: Target, decomposition: Decomposition, r: int) -> None:
-        target.factors = FactoredWeight.split(target.W, decomposition, r)
-        self._adapter.adopt(target.factors)
-        target.num_switches += 1
-        _log_counts("split", target.name, target.factors)
-
-    def _refactor(self, target: Target, decomposition: Decomposition, r: int) -> None:
-        factors = target.factors
-        assert factors is not None
-        _log_counts("before refactoring", target.name, factors)
-        old_B, old_A = factors.B.data, factors.A.data
-        factors.refactor(decomposition, r)
-        self._adapter.refactored(factors, old_B, old_A)
-        _log_counts("refactored", target.name, factors)
-
-    def _to_full(self, target: Target) -> None:
-        assert target.factors is not None
-        _log_counts("before full training", target.name, target.factors)
-        self._adapter.release(target.factors)
-        target.factors = None
-        target.num_switches += 1
 
     def _warn(self, step: int, name: str, message: str) -> None:
         logger.warning("step %d, %s: %s", step, name, message)
@@ -346,13 +325,3 @@ class AdaptiveSVD:
                 f"SVD state of another model or other svd_targets: {len(differing)} matrices differ, e.g. "
                 f"{differing[0]}: saved {saved.get(differing[0])}, here {own.get(differing[0])}"
             )
-
-
-def _log_counts(when: str, name: str, factors: FactoredWeight) -> None:
-    """At debug level only: the split error reads the matrix back from the device."""
-    if logger.isEnabledFor(logging.DEBUG):
-        counts = factors.counts()
-        logger.debug(
-            "%s: %s r=%d, matrix %d, trainable %d, frozen %d, total %d parameters, split error %.3g",
-            name, when, factors.r, counts.matrix, counts.trainable, counts.frozen, counts.total, factors.split_error(),
-        )  # fmt: skip

@@ -6,6 +6,7 @@ the chain rule before the step, and W is written from them after it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 from svdtrain.adaptive.precision import full_precision
 from svdtrain.spectral.decompose import Decomposition
+
+_NEWTON_STEPS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,21 +42,24 @@ class FactoredWeight:
     def __init__(self, W: nn.Parameter, B: Tensor, A: Tensor) -> None:
         """B and A are rounded to W's dtype first; W_p = W - B A is formed from what is stored. W is not written."""
         self.W = W
+        self._before: tuple[Tensor, ...] = ()
         self.B = nn.Parameter(B.to(W.dtype))
         self.A = nn.Parameter(A.to(W.dtype))
         self.W_p = self._remainder()
 
     @classmethod
-    def split(cls, W: nn.Parameter, decomposition: Decomposition, r: int) -> FactoredWeight:
-        """Train the r minor singular directions of W: B = U_m sqrt(S_m), A = sqrt(S_m) V_m^T (MiLoRA,
-        arXiv:2406.09044, eq. 4). Raises ValueError unless 1 <= r < min(m, n)."""
-        return cls(W, *minor_factors(decomposition, r))
+    def split(cls, W: nn.Parameter, decomposition: Decomposition, r: int, protect: str = "minor") -> FactoredWeight:
+        """Train r singular directions of W: B = U_m sqrt(S_m), A = sqrt(S_m) V_m^T (MiLoRA, arXiv:2406.09044, eq. 4).
+
+        `protect` says which: see `trained_columns`. Raises ValueError unless 1 <= r < min(m, n).
+        """
+        return cls(W, *singular_factors(decomposition, r, protect))
 
     @classmethod
     def restored(cls, W: nn.Parameter, W_p: Tensor, B: Tensor, A: Tensor) -> FactoredWeight:
         """From saved tensors, bit for bit; W may still hold other values."""
         factors = cls.__new__(cls)
-        factors.W = W
+        factors.W, factors._before = W, ()
         factors.W_p, B, A = (saved.to(W.device, copy=True) for saved in (W_p, B, A))
         factors.B, factors.A = nn.Parameter(B), nn.Parameter(A)
         return factors
@@ -63,10 +69,10 @@ class FactoredWeight:
         """Number of trained directions."""
         return self.B.shape[1]
 
-    def refactor(self, decomposition: Decomposition, r: int) -> None:
+    def refactor(self, decomposition: Decomposition, r: int, protect: str = "minor") -> None:
         """Recompute W_p, B and A from the current W. The parameter objects stay, so the optimizer keeps them; their
         data tensors are replaced, not overwritten. W is not written."""
-        B, A = minor_factors(decomposition, r)
+        B, A = singular_factors(decomposition, r, protect)
         self.B.grad = self.A.grad = None
         self.B.data, self.A.data = B.to(self.W.dtype), A.to(self.W.dtype)
         self.W_p = self._remainder()
@@ -94,9 +100,34 @@ class FactoredWeight:
         with full_precision(self.W.device):
             return torch.addmm(self.W_p, self.B.to(self.W_p.dtype), self.A.to(self.W_p.dtype))
 
+    def remember(self) -> None:
+        """Keep B, A and W as they are before a step, for `match_update`."""
+        self._before = tuple(t.detach().clone() for t in (self.B, self.A, self.W))
+
+    def match_update(self, full_norm: Callable[[Tensor], Tensor]) -> None:
+        """Scale the step just taken by B and A so that ||dW||_F is what `full_norm(W before)` gives.
+
+        dW(x) = x (dB A + B dA) + x^2 dB dA, whose squared norm is a polynomial of three inner products; solved for x by
+        Newton's method on the device, without waiting for it.
+        """
+        B, A, W = self._before
+        with full_precision(self.W.device):
+            dB, dA = self.B - B, self.A - A
+            linear, square = dB @ A + B @ dA, dB @ dA
+            ll, lq, qq = (linear * linear).sum(), (linear * square).sum(), (square * square).sum()
+            wanted = full_norm(W).to(ll.dtype)
+            x = wanted / ll.sqrt().clamp_min(torch.finfo(ll.dtype).tiny)
+            for _ in range(_NEWTON_STEPS):
+                excess = x * x * (ll + 2 * x * lq + x * x * qq) - wanted * wanted
+                slope = 2 * x * (ll + 3 * x * lq + 2 * x * x * qq).clamp_min(0.1 * ll)
+                x = x - excess / slope.clamp_min(torch.finfo(ll.dtype).tiny)
+            x = torch.where(ll > 0, x, torch.ones_like(x))
+            self.B.copy_(B + x * dB)
+            self.A.copy_(A + x * dA)
+
     def clear_gradients(self) -> None:
-        """Drop G, B.grad and A.grad: `optimizer.zero_grad` no longer reaches G."""
-        self.W.grad = self.B.grad = self.A.grad = None
+        """Drop B.grad and A.grad."""
+        self.B.grad = self.A.grad = None
 
     def split_error(self) -> float:
         """||W - (W_p + B A)||_F / ||W||_F; 0 for W = 0."""
@@ -115,10 +146,25 @@ class FactoredWeight:
             return torch.addmm(self.W.to(wide), self.B.to(wide), self.A.to(wide), alpha=-1)
 
 
-def minor_factors(decomposition: Decomposition, r: int) -> tuple[Tensor, Tensor]:
-    """B [m, r] and A [r, n] of the r smallest singular directions, each carrying the square root of the values."""
-    U, S, V = decomposition.U, decomposition.S, decomposition.V
-    if not 1 <= r < S.numel():
-        raise ValueError(f"r must lie in [1, {S.numel() - 1}] for this matrix, got {r}")
-    root = S[-r:].clamp_min(0).sqrt()
-    return U[:, -r:] * root, root[:, None] * V[:, -r:].T
+def singular_factors(decomposition: Decomposition, r: int, protect: str) -> tuple[Tensor, Tensor]:
+    """B [m, r] and A [r, n] of r singular directions, each carrying the square root of the values."""
+    g = decomposition.S.numel()
+    if not 1 <= r < g:
+        raise ValueError(f"r must lie in [1, {g - 1}] for this matrix, got {r}")
+    columns = trained_columns(protect, g, r).to(decomposition.S.device)
+    root = decomposition.S[columns].clamp_min(0).sqrt()
+    return decomposition.U[:, columns] * root, root[:, None] * decomposition.V[:, columns].T
+
+
+def trained_columns(protect: str, g: int, r: int) -> Tensor:
+    """Which r of g singular directions are trained, as ascending indices (0 is the largest value).
+
+    minor: the last r (MiLoRA). principal: the first r (PiSSA, arXiv:2404.02948). middle: r around the centre. random: a
+    fixed draw, the same at every call and nested in r (the control).
+    """
+    if protect == "random":
+        return torch.randperm(g, generator=torch.Generator().manual_seed(g))[:r].sort().values
+    first = {"minor": g - r, "principal": 0, "middle": (g - r) // 2}
+    if protect not in first:
+        raise ValueError(f"protect={protect!r} does not name a set of singular directions: {[*first, 'random']}")
+    return torch.arange(first[protect], first[protect] + r)

@@ -21,6 +21,7 @@ class AdaptiveSVDLinear(nn.Linear):
     in full mode.
     """
 
+    weight: nn.Parameter
     factors: FactoredWeight | None = None
     _history: History | None = None
     _r: int | None = None
@@ -58,6 +59,7 @@ class AdaptiveSVDLinear(nn.Linear):
         if self.factors is not None:
             self.factors.merge()
             self.factors.clear_gradients()
+            self.weight.grad = None
 
     def update_svd_tracking(self) -> Measurement:
         """Analyse the weight with the gradient now in weight.grad. Raises ValueError without a gradient."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
     a whole training step, so the loop's speed setting must not reach it. Restored on exit: compiled graphs are
     guarded on these settings and would otherwise recompile.
     """
-    backends = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+    backends: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
     if not all(hasattr(backend, "fp32_precision") for backend in backends):  # before torch 2.9
         previous = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from svdtrain.adaptive.factors import FactoredWeight
 from svdtrain.adaptive.moments import UnknownState, state_from_factors, state_to_factors
 from svdtrain.adaptive.precision import full_precision
+from svdtrain.adaptive.update_rules import is_muon, muon_scale
 
 log = logging.getLogger(__name__)
 
@@ -20,6 +21,9 @@ Moments = Literal["map", "reset"]
 
 class Adapter(Protocol):
     """How B and A are stepped. W and its state outside low-rank mode are always the host optimizer's."""
+
+    host_clears_gradients: bool
+    """Whether `optimizer.zero_grad` still reaches the W of a low-rank matrix."""
 
     def adopt(self, factors: FactoredWeight) -> None:
         """W enters low-rank mode: B and A are trained from now on."""
@@ -45,6 +49,10 @@ class Adapter(Protocol):
         """The host optimizer has stepped; W is merged from B and A next."""
         ...
 
+    def full_update_norm(self, factors: FactoredWeight, W_before: Tensor) -> Tensor:
+        """||dW||_F (0-d) that this step would have had in full mode. Called between `after_step` and the merge."""
+        ...
+
     def state_dict(self) -> dict[str, Any]:
         """State that the host optimizer's own state_dict does not hold."""
         ...
@@ -61,6 +69,8 @@ class Reregister:
     changed. An optimizer that batches parameters must do so by shape within a group. The layout depends on which
     matrices are low-rank, never on the order in which they switched. State of every other parameter is never touched.
     """
+
+    host_clears_gradients = False
 
     def __init__(self, optimizer: torch.optim.Optimizer, targets: Mapping[str, nn.Parameter], moments: Moments) -> None:
         """Raises ValueError when a target is not in the optimizer."""
@@ -111,6 +121,14 @@ class Reregister:
 
     def after_step(self) -> None:
         """Nothing to do: the host optimizer stepped B and A."""
+
+    def full_update_norm(self, factors: FactoredWeight, W_before: Tensor) -> Tensor:
+        """Known for Muon alone: lr x shape factor x min(m, n)^1/2. Raises ValueError for other optimizers."""
+        group = next(g for g in self._optimizer.param_groups if any(p is factors.B for p in g["params"]))
+        if not is_muon(group):
+            raise ValueError("svd_match_rms with svd_adapter=reregister needs Muon; use svd_adapter=shadow")
+        norm = float(group["lr"]) * muon_scale(W_before.shape, group) * min(W_before.shape) ** 0.5
+        return torch.tensor(norm, device=W_before.device)
 
     def state_dict(self) -> dict[str, Any]:
         """Empty: everything is in the host optimizer's state_dict."""

@@ -13,8 +13,9 @@ from adaptive_toy import Toy, backward, make_toy
 from torch import Tensor
 
 from svdtrain.adaptive import controller
-from svdtrain.adaptive.controller import AdaptiveSVD, Change
+from svdtrain.adaptive.controller import AdaptiveSVD
 from svdtrain.adaptive.policy import Measurement
+from svdtrain.adaptive.target import Change
 from svdtrain.config import PolicyThresholds, SVDConfig
 
 Q = "h.0.attn.c_q"
@@ -29,7 +30,7 @@ def script(monkeypatch: pytest.MonkeyPatch, plan: dict[int, tuple[bool, int]]) -
     asked: list[int] = []
 
     def decide(
-        measured: Measurement, thresholds: PolicyThresholds, *, lowrank: bool, r: int, step: int, warmup: int
+        measured: Measurement, thresholds: PolicyThresholds, *, lowrank: bool, r: int, step: int, **rest: Any
     ) -> tuple[bool, int, dict[str, Any]]:
         first = step not in asked
         asked.append(step)
@@ -121,7 +122,8 @@ def test_the_real_policy_switches_when_the_gradient_attacks(monkeypatch: pytest.
     """No script: a gradient written into the top direction must raise the alarm, one in the bottom must not."""
     model = make_toy()
     optimizer = OPTIMIZERS["adamw"](model)
-    svd = AdaptiveSVD(model, optimizer, SVDConfig(svd_preset="conservative", svd_interval=1, svd_warmup=0))
+    config = SVDConfig(svd_preset="conservative", svd_interval=1, svd_warmup=0, svd_rule="original")
+    svd = AdaptiveSVD(model, optimizer, config)
     for step in range(3):
         for target in svd.targets.values():
             U, _, Vh = torch.linalg.svd(target.W.detach())

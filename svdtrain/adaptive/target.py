@@ -1,0 +1,92 @@
+"""One watched matrix: what it is, what is known of it, and the record of a change."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from svdtrain.adaptive.analysis import History
+from svdtrain.adaptive.factors import FactoredWeight
+from svdtrain.adaptive.guard import UpdateGuard
+
+ChangeKind = Literal["to_lowrank", "to_full", "rank"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """One matrix changed its mode or its rank. In full mode the rank is that of the whole matrix, g."""
+
+    name: str
+    kind: ChangeKind
+    r_old: int
+    r_new: int
+    reason: str
+    step: int
+    diagnostics: dict[str, Any]
+
+    def __str__(self) -> str:
+        """`h.0.attn.c_q -> low-rank r=196: gradient_clobbering_risk`."""
+        mode = "full" if self.kind == "to_full" else f"low-rank r={self.r_new}"
+        return f"{self.name} -> {mode}: {self.reason}"
+
+
+@dataclass(kw_only=True, eq=False)
+class Target:
+    """One watched matrix and everything known of it."""
+
+    name: str
+    W: nn.Parameter
+    r: int | None = None
+    """Rank in force for the analysis, also while in full mode; None before the first analysis."""
+    factors: FactoredWeight | None = None
+    """Present in low-rank mode with trained factors."""
+    guard: UpdateGuard | None = None
+    """Present in low-rank mode of the kinds that guard W's own updates (core, activation)."""
+    history: History | None = None
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    num_switches: int = 0
+    analyses_in_mode: int = 0
+
+    @property
+    def lowrank(self) -> bool:
+        """Whether the matrix is trained in part only."""
+        return self.factors is not None or self.guard is not None
+
+    @property
+    def form(self) -> FactoredWeight | UpdateGuard | None:
+        """What low-rank mode consists of; None in full mode."""
+        return self.factors if self.factors is not None else self.guard
+
+    @property
+    def num_free_directions(self) -> int:
+        """r in low-rank mode, g in full mode."""
+        return min(self.W.shape) if self.form is None else self.form.r
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and primitives."""
+        factors = self.factors
+        return {
+            "shape": list(self.W.shape),
+            "r": self.r,
+            "factors": None
+            if factors is None
+            else {"W_p": factors.W_p, "B": factors.B.detach(), "A": factors.A.detach()},
+            "guard": None if self.guard is None else self.guard.state_dict(),
+            "history": None if self.history is None else self.history.state_dict(),
+            "metrics": dict(self.metrics),
+            "num_switches": self.num_switches,
+            "analyses_in_mode": self.analyses_in_mode,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        self.r, self.metrics = state["r"], dict(state["metrics"])
+        self.num_switches, self.analyses_in_mode = state["num_switches"], state["analyses_in_mode"]
+        factors, guard, past = state["factors"], state["guard"], state["history"]
+        self.factors = None if factors is None else FactoredWeight.restored(self.W, **factors)
+        self.guard = None if guard is None else UpdateGuard.from_state(self.W, guard)
+        self.history = None if past is None else History.from_state(past, self.W.device)
