@@ -90,7 +90,7 @@ def summarise(arm: Arm, run: Path) -> dict[str, Any]:
     }
 
 
-SERIES = ("principal_alignment", "alignment_lift", "update_lift", "rho", "r", "mode", "subspace_angle")
+SERIES = ("principal_alignment", "gradient_lift", "update_lift", "rotation_ratio", "r", "mode", "subspace_angle")
 
 
 def layer_series(records: Sequence[Record]) -> dict[str, dict[str, list[list[float]]]]:
