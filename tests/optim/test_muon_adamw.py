@@ -204,8 +204,8 @@ def test_wrong_groups_are_refused(group: dict[str, Any], match: str) -> None:
 def test_quadratic_is_minimised() -> None:
     (W, b) = parameters((10, 6), (6,), dtype=torch.float32)
     target = torch.randn(10, 6, generator=torch.Generator().manual_seed(5))
-    optimizer = MuonAdamW([{"kind": "muon", "params": [W], "lr": 0.2}, {"kind": "adamw", "params": [b], "lr": 0.05}])
-    for step in range(200):
+    optimizer = MuonAdamW([{"kind": "muon", "params": [W], "lr": 0.4}, {"kind": "adamw", "params": [b], "lr": 0.2}])
+    for _ in range(200):
         for group in optimizer.param_groups:
             group["lr"] *= 0.97
         optimizer.zero_grad()
