@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from svdtrain.spectral.decompose import Decomposition, DecompositionFailed, decompose_many
-from svdtrain.spectral.lanes import Basis, slow_statistics, updated_spectrum
-from svdtrain.spectral.subspace import RitzWay, staleness_of, warm_step
+from svdtrain.spectral.lanes import SLOW_COLUMNS, Basis, slow_statistics, updated_spectrum
+from svdtrain.spectral.subspace import RitzWay, staleness_of, warm_steps
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,8 @@ class Job:
     parts: list[Part]
     ritz: RitzWay | Literal["auto"]
     skip_tolerance: float
+    residual_tolerance: float
+    max_iterations: int
     ready: torch.cuda.Event | None = None
 
 
@@ -75,10 +77,20 @@ def run_job(job: Job, stream: torch.cuda.Stream | None) -> dict[str, RowResult]:
 def _run_parts(job: Job) -> dict[str, RowResult]:
     results: dict[str, RowResult] = {}
     for part in job.parts:
-        for rows, skipped in _split(part, job.skip_tolerance):
-            if rows:
-                results.update(_analyse(part, rows, skipped, job))
+        try:
+            for rows, skipped in _split(part, job.skip_tolerance):
+                if rows:
+                    results.update(_analyse(part, rows, skipped, job))
+        except RuntimeError as error:  # out of memory, or a library that gave up: training must go on
+            log.warning("the analysis of %s failed, the old bases are kept: %s", part.names, error)
+            results.update({name: _failed(part, i) for i, name in enumerate(part.names)})
     return results
+
+
+def _failed(part: Part, i: int) -> RowResult:
+    old = Basis(part.old.U[i], part.old.S[i], part.old.V[i], part.old.spectrum[i])
+    table = [0.0] * len(SLOW_COLUMNS)
+    return RowResult(old, part.W[i], table, exact=False, ok=False, skipped=False, first=part.first[i])
 
 
 def _split(part: Part, skip_tolerance: float) -> list[tuple[list[int], bool]]:
@@ -143,7 +155,10 @@ def _iterate(part: Part, rows: list[int], W: Tensor, old: Basis, job: Job) -> tu
         return old, residual, staleness, ok
     base = _pick(old, warm)
     cut = part.cut[[rows[j] for j in warm]]
-    result = warm_step(W[warm], base.U, base.S, base.V, way=_ritz_way(job.ritz, base.S), cut=cut)
+    result = warm_steps(
+        W[warm], base.U, base.S, base.V, way=_ritz_way(job.ritz, base.S), cut=cut,
+        tolerance=job.residual_tolerance, max_iterations=job.max_iterations,
+    )  # fmt: skip
     residual[warm], staleness[warm], ok[warm] = result.residual, result.staleness, result.ok
     spectrum = updated_spectrum(result.S, base.spectrum, W[warm])
     merged = [t.clone() for t in (old.U, old.S, old.V, old.spectrum)]

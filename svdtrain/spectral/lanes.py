@@ -198,9 +198,14 @@ def _gap_at(spectrum: Tensor, cut: Tensor) -> Tensor:
 
 
 def slow_values(row: list[float], first: bool) -> dict[str, float]:
-    """Named floats of one row. Without an earlier basis (`first`) there is nothing to compare with; where there is no
-    gap at k the largest angle is left out and `no_gap` is 1."""
+    """Named floats of one row; only `ok` = 0 for a failed one.
+
+    Without an earlier basis (`first`) there is nothing to compare with; where there is no gap at k the largest angle is
+    left out and `no_gap` is 1.
+    """
     values: dict[str, float] = dict(zip(SLOW_COLUMNS, row, strict=True))
+    if not values["ok"]:
+        return {"ok": 0.0}
     if first:
         values = {key: value for key, value in values.items() if key not in COMPARISONS}
     values["no_gap"] = float(values["gap"] < NO_GAP)

@@ -85,6 +85,9 @@ def ritz_rotation(H: Tensor, way: RitzWay) -> Tensor:
     """P [b, l, l] with orthonormal columns that (nearly) diagonalises H [b, l, l], unordered. H is nearly diagonal."""
     if way == "none":
         return torch.eye(H.shape[-1], dtype=H.dtype, device=H.device).expand_as(H)
+    # A broken matrix must not make eigh raise for the whole batch; its caller finds out by other means.
+    identity = torch.eye(H.shape[-1], dtype=H.dtype, device=H.device)
+    H = torch.where(torch.isfinite(H).all(-1).all(-1)[..., None, None], H, identity)
     # In units of the largest entry: huge and tiny weights keep inside the number range.
     scale = H.diagonal(dim1=-2, dim2=-1).amax(-1).clamp_min(torch.finfo(H.dtype).tiny)[..., None, None]
     H = H / scale
@@ -185,6 +188,29 @@ def warm_step(W: Tensor, U: Tensor, S: Tensor, V: Tensor, *, way: RitzWay, cut: 
     values = torch.where(ok[:, None], values, S)
     residual = _relative_residual(W @ new_V, new_U, values, mask)
     return WarmStep(new_U, values, new_V, residual, staleness, ok)
+
+
+def warm_steps(
+    W: Tensor,
+    U: Tensor,
+    S: Tensor,
+    V: Tensor,
+    *,
+    way: RitzWay,
+    cut: Tensor | None = None,
+    tolerance: float = 0.0,
+    max_iterations: int = 1,
+) -> WarmStep:
+    """Warm steps until every residual is under `tolerance`, at most `max_iterations`; staleness is the first step's.
+
+    Looking at the residual waits for the device; with max_iterations = 1 nothing waits.
+    """
+    result = first = warm_step(W, U, S, V, way=way, cut=cut)
+    for _ in range(max_iterations - 1):
+        if not bool((result.ok & (result.residual > tolerance)).any()):
+            break
+        result = warm_step(W, result.U, result.S, result.V, way=way, cut=cut)
+    return WarmStep(result.U, result.S, result.V, result.residual, first.staleness, first.ok & result.ok)
 
 
 def _column_mask(S: Tensor, cut: Tensor | None) -> Tensor:

@@ -30,6 +30,7 @@ from svdtrain.spectral.analysis import Job, Part, RowResult, run_job
 from svdtrain.spectral.decompose import Decomposition
 from svdtrain.spectral.lanes import (
     FAST_COLUMNS,
+    SLOW_COLUMNS,
     Basis,
     fast_participation,
     fast_statistics,
@@ -46,6 +47,7 @@ log = logging.getLogger(__name__)
 _PARTICIPATION_EVERY_ON_CPU = 16
 _STAGGER_ON_CPU = 4
 _UPDATE, _GRADIENT = "update/", "gradient/"
+_RESIDUAL = SLOW_COLUMNS.index("residual")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,12 +60,15 @@ class TrackerSettings:
     """Every so many analyses the exact decomposition; 1: always."""
     exact_interval_factor: int = 4
     """Matrices too wide to track (see widest_share) are analysed this many times less often, exactly."""
-    oversample: int = 16
+    oversample: int = 32
     """Directions carried beside the k principal ones."""
     widest_share: float = 0.5
     """Bases wider than this share of g are not worth iterating: exact."""
-    residual_tolerance: float = 5e-3
-    """||W V - U S||_F / ||S||_2 of the principal columns above which the next analysis is exact."""
+    residual_tolerance: float = 1e-3
+    """||W V - U S||_F / ||S||_2 of the principal columns that warm iterations must reach; about a tenth of the error
+    of the largest angle, radians. Where they do not, the next analysis is exact."""
+    max_iterations: int = 4
+    """Warm iterations of one analysis at most. With 1 nothing looks at the residual before the analysis ends."""
     skip_tolerance: float = 0.0
     """The same of the *old* basis, below which an analysis is skipped; 0: never."""
     ritz: RitzWay | Literal["auto"] = "auto"
@@ -81,7 +86,7 @@ class TrackerSettings:
     """Arithmetic of the fast lane's products."""
 
     def __post_init__(self) -> None:
-        for name in ("interval", "exact_every", "exact_interval_factor", "oversample", "chunk"):
+        for name in ("interval", "exact_every", "exact_interval_factor", "oversample", "chunk", "max_iterations"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
@@ -306,7 +311,10 @@ class SubspaceTracker:
         if self._stream is not None:
             ready = torch.cuda.Event()
             ready.record(torch.cuda.current_stream(self._stream.device))
-        return Job(step, parts, self.settings.ritz, self.settings.skip_tolerance, ready)
+        own = self.settings
+        return Job(
+            step, parts, own.ritz, own.skip_tolerance, own.residual_tolerance, own.max_iterations, ready
+        )  # fmt: skip
 
     def _part(self, bucket: Bucket, rows: list[int], weights: Mapping[str, Tensor]) -> Part:
         names = [bucket.names[i] for i in rows]
@@ -361,7 +369,7 @@ class SubspaceTracker:
             row.exact_next = False
         else:
             row.age += 1
-            row.exact_next = slow_values(result.table, False)["residual"] > self.settings.residual_tolerance
+            row.exact_next = result.table[_RESIDUAL] > self.settings.residual_tolerance
 
 
 def _name_fast(numbers: list[list[float]], named: list[tuple[str, bool, int, int, int]]) -> dict[str, dict[str, float]]:

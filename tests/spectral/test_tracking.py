@@ -155,8 +155,7 @@ def test_rotation_numbers_agree_with_exact_ones() -> None:
         expected = N.rotation_null(old.S, 12, N.update_variance(after[name] - W), W.shape[0])
         sin_squared = M.sin_theta_squared(old.U[:, :12], new.U[:, :12])
         assert values[name]["exact"] == 0
-        # One warm iteration lags a little behind: the contract is on angles, .01 rad.
-        assert values[name]["sin_squared"] == pytest.approx(float(sin_squared), rel=0.15)
+        assert values[name]["sin_squared"] == pytest.approx(float(sin_squared), rel=0.1)
         assert values[name]["expected"] == pytest.approx(float(expected), rel=0.05)
         assert values[name]["angle"] == pytest.approx(float(M.subspace_angle(old.U, new.U, 12)), abs=0.01)
     assert values["q"]["rho"] > 4 * values["k"]["rho"]
@@ -190,7 +189,7 @@ def test_analyses_are_staggered_and_exact_by_age() -> None:
 
 def test_residual_and_request_and_width_ask_for_an_exact_analysis() -> None:
     weights = make_weights()
-    tracker = tracker_for(weights, exact_every=100, residual_tolerance=1e-4)
+    tracker = tracker_for(weights, exact_every=100, residual_tolerance=1e-5, max_iterations=1, oversample=16)
     tracker.analyse(0, weights)
 
     def exact_flags(step: int, W: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -244,6 +243,27 @@ def test_a_broken_matrix_keeps_its_basis_and_warns(caplog: pytest.LogCaptureFixt
     assert tracker.poll()[-1].values["q"]["ok"] == 1
     tracker.analyse(60, moved(weights, 2))
     assert tracker.poll()[-1].values["k"]["exact"] == 1
+
+
+def test_a_library_failure_keeps_everything_and_training_goes_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights = make_weights()
+    tracker = tracker_for(weights)
+    tracker.analyse(0, weights)
+    kept = tracker.basis("fc").U.clone()
+
+    def fails(*_, **__):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("svdtrain.spectral.analysis.warm_steps", fails)
+    with caplog.at_level(logging.WARNING):
+        tracker.analyse(20, moved(weights, 1))
+    assert "out of memory" in caplog.text
+    assert tracker.poll()[-1].values == {name: {"ok": 0.0} for name in weights}
+    assert torch.equal(tracker.basis("fc").U, kept)
+    tracker.analyse(40, moved(weights, 1))
+    assert {values["exact"] for values in tracker.poll()[-1].values.values()} == {1}
 
 
 def test_broken_from_the_start_gives_no_basis(caplog: pytest.LogCaptureFixture) -> None:
