@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 log = logging.getLogger(__name__)
+LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
 
 _MAX_BATCH_ELEMENTS = 1 << 26  # float64 working copies stay under 512 MiB each
 _NEARLY_ORTHONORMAL = 0.1  # largest entry of X^T X - I for which one Cholesky pass restores float64 orthonormality
@@ -184,7 +185,7 @@ def _decompose_bucket(
     try:
         batch = decompose_batch(stack)
         finite = torch.isfinite(batch.S).all(dim=-1).tolist()
-    except torch.linalg.LinAlgError:
+    except LinAlgError:
         batch, finite = None, [False] * len(indices)
     for position, index in enumerate(indices):
         if batch is not None and finite[position]:
@@ -213,7 +214,7 @@ def _ladder(W: Tensor) -> Decomposition | str:
     for name, attempt in rungs:
         try:
             result = _fix_signs(attempt())
-        except (torch.linalg.LinAlgError, RuntimeError) as error:
+        except (LinAlgError, RuntimeError) as error:
             reasons.append(f"{name}: {error}")
             continue
         if bool(torch.isfinite(result.S).all()):

@@ -16,8 +16,8 @@ _SQUARINGS = 10  # largest eigenvalue from tr(M^1024): at most 0.6 % too large a
 
 def squared_norm(X: Tensor) -> Tensor:
     """||X||_F^2 over the last two dimensions, in at least float32."""
-    X = X if X.dtype == torch.float64 else X.float()
-    return torch.linalg.vector_norm(X, dim=(-2, -1)).square()
+    dtype = torch.float64 if X.dtype == torch.float64 else torch.float32
+    return torch.linalg.vector_norm(X, dim=(-2, -1), dtype=dtype).square()
 
 
 def safe_ratio(numerator: Tensor, denominator: Tensor, otherwise: float = 0.0) -> Tensor:

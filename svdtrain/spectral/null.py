@@ -17,6 +17,8 @@ from svdtrain.spectral.metrics import safe_ratio, squared_norm
 
 _MEDIAN_GRID = 20_001
 _INTRUDER_COSINE = 0.5
+_LEAST_DEVIATION = 1e-4  # of chance
+_RESOLUTION = 1e-9  # of a sum of squared sines between float32 bases
 
 # --- shares -----------------------------------------------------------------------------------------------------------
 
@@ -48,14 +50,24 @@ def share_evidence(share: Tensor, k: Tensor | int, m: int, participation: Tensor
     """Lift and z of a one-sided share of an m x n matrix with k of m directions, all [...].
 
     `participation` is PR = (sum g_i^2)^2 / sum g_i^4 of the matrix whose share it is. Where k is 0 or m the share is
-    certain: lift 1 and z 0. A spread below 1e-4 of chance counts as that (a flat spectrum known only to rounding).
+    certain: lift 1 and z 0. A smaller spread than 1e-4 of chance counts as that: a flat spectrum is known to rounding.
     """
     chance = torch.as_tensor(k, device=share.device, dtype=share.dtype).expand_as(share) / m
-    deviation = share_deviation(chance, m, participation.to(share.dtype)).clamp_min(1e-4 * chance)
+    deviation = share_deviation(chance, m, participation.to(share.dtype)).clamp_min(_LEAST_DEVIATION * chance)
     certain = (chance <= 0) | (chance >= 1)
     z = torch.where(certain, torch.zeros_like(share), safe_ratio(share - chance, deviation))
     lift = torch.where(chance > 0, safe_ratio(share, chance), torch.ones_like(share))
     return Evidence(share, chance, lift, z)
+
+
+def share_lift_and_z(share: float, k: int, m: int, participation: float) -> tuple[float, float]:
+    """The lift and z of `share_evidence` for one matrix whose numbers are on the host."""
+    chance = k / m
+    if not 0 < k < m:
+        return (share / chance if k else 1.0), 0.0
+    single = 2 * chance * (1 - chance) / (m + 2)
+    deviation = math.sqrt(single * max(m / max(participation, 1.0) - 1, 0.0) / (m - 1))
+    return share / chance, (share - chance) / max(deviation, _LEAST_DEVIATION * chance)
 
 
 # --- rotation ---------------------------------------------------------------------------------------------------------
@@ -74,7 +86,7 @@ def rotation_null(S: Tensor, k: Tensor | int, tau_squared: Tensor, m: int, max_k
     values before the update; k may differ over the batch, `max_k` (default g) then bounds it without a device wait.
     """
     g = S.shape[-1]
-    S = S.double() if S.device.type == "cpu" else S.float()
+    S = S if S.dtype == torch.float64 else S.float()
     limit = g if max_k is None and isinstance(k, Tensor) else (max_k if isinstance(k, Tensor) else k)
     assert limit is not None
     cut = torch.as_tensor(k, device=S.device).expand(S.shape[:-1])[..., None]
@@ -94,9 +106,11 @@ def rotation_null(S: Tensor, k: Tensor | int, tau_squared: Tensor, m: int, max_k
 
 
 def rotation_ratio(sin_squared: Tensor, expected: Tensor) -> Tensor:
-    """rho = ||sin Theta||_F^2 / E_null, [...]. About 1: explained by size and gap; much larger: directed. 1 for 0/0."""
-    ratio = safe_ratio(sin_squared.to(expected.dtype), expected, otherwise=math.inf)
-    return torch.where((expected <= 0) & (sin_squared <= 0), torch.ones_like(ratio), ratio)
+    """rho = ||sin Theta||_F^2 / E_null, [...]. About 1: explained by size and gap; much larger: directed.
+
+    Both get 1e-9 added, what float32 bases can resolve, so two analyses of an unchanged matrix give 1.
+    """
+    return (sin_squared.to(expected.dtype) + _RESOLUTION) / (expected + _RESOLUTION)
 
 
 def wedin_bound(update_norm: float, S: Tensor, k: int, S_after: Tensor | None = None) -> float | None:

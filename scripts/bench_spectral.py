@@ -1,0 +1,403 @@
+"""Time and check the spectral package: one table, ours against torch.linalg.svd in the same run.
+
+    python scripts/bench_spectral.py --num 80 --size 1280 --device cuda --out bench.json
+    python scripts/bench_spectral.py --num 8 --size 256 --device cpu
+
+Needs torch only. Every row stands alone: one that fails shows its error and the rest go on. Times are for all `--num`
+matrices unless the row says otherwise. `check` is measured against float64 or exact results in the same run:
+`S` relative error of singular values over s_1, `rms` root mean square of the sines between the tracked and the exact
+top-k subspace, `angle` the largest angle over the matrices with a relative gap above 1e-3 at k, `share` the largest
+error of a share.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from svdtrain.spectral import lanes, metrics, null
+from svdtrain.spectral.decompose import Decomposition, decompose_batch, decompose_many
+from svdtrain.spectral.subspace import RITZ_WAYS, RitzWay, ritz_rotation, warm_step, warm_steps
+from svdtrain.spectral.tracking import SubspaceTracker, TrackerSettings
+
+STEP_MS = 3240.0  # a depth-20 step of 524,288 tokens on one H200
+GAP = 1e-3
+OVERSAMPLE = 32
+
+
+@dataclass
+class Result:
+    """One line of the table."""
+
+    section: str
+    variant: str
+    k: int | None = None
+    ms: float | None = None
+    check: str = ""
+    note: str = ""
+
+
+class Bench:
+    """Data, clock and table."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.device = torch.device(arguments.device)
+        self.num, self.size, self.repeats = arguments.num, arguments.size, arguments.repeats
+        self.ks = [k for k in arguments.ks if k + OVERSAMPLE < self.size]
+        self.results: list[Result] = []
+        self.weights = [trained_matrix(self.size, self.size, seed, self.device) for seed in range(self.num)]
+        self.after = [drifted(W, seed) for seed, W in enumerate(self.weights)]
+        self.gradients = [random_matrix(W.shape, 7_000 + seed, self.device) for seed, W in enumerate(self.weights)]
+        self.old: list[Decomposition] = []
+        self.new: list[Decomposition] = []
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def clock(self, work: Callable[[], object], repeats: int | None = None, warm_up: bool = True) -> float:
+        """Fastest of a few runs, in ms, the device drained before and after."""
+        if warm_up:
+            work()
+        times = []
+        for _ in range(repeats or self.repeats):
+            self.synchronize()
+            start = time.perf_counter()
+            work()
+            self.synchronize()
+            times.append((time.perf_counter() - start) * 1e3)
+        return min(times)
+
+    def row(self, section: str, variant: str, measure: Callable[[], tuple[float, str, str]], k: int | None = None):
+        """Measure one line; an error becomes its note."""
+        try:
+            ms, check, note = measure()
+            result = Result(section, variant, k, ms, check, note)
+        except Exception as error:
+            result = Result(section, variant, k, note=f"FAILED {type(error).__name__}: {str(error).splitlines()[0]}")
+        self.results.append(result)
+        print(format_row(result), flush=True)
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+def random_matrix(shape: tuple[int, ...] | torch.Size, seed: int, device: torch.device) -> Tensor:
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(*shape, generator=generator, device=device)
+
+
+def trained_matrix(m: int, n: int, seed: int, device: torch.device) -> Tensor:
+    """Noise with a decaying signal of min(m, n)/8 directions, like a trained attention matrix."""
+    rank = min(m, n) // 8
+    left = torch.linalg.qr(random_matrix((m, rank), 1_000 + seed, device)).Q
+    right = torch.linalg.qr(random_matrix((n, rank), 2_000 + seed, device)).Q
+    signal = (left * torch.logspace(math.log10(8), math.log10(1.2), rank, device=device)) @ right.mT
+    return random_matrix((m, n), 3_000 + seed, device) / max(m, n) ** 0.5 + signal
+
+
+def drifted(W: Tensor, seed: int, size: float = 0.01) -> Tensor:
+    """W after an isotropic update of relative size `size`."""
+    dW = random_matrix(W.shape, 4_000 + seed, W.device)
+    return W + dW * (size * W.norm() / dW.norm())
+
+
+# --- sections ---------------------------------------------------------------------------------------------------------
+
+
+def spectrum_error(S: Tensor, W: Tensor) -> float:
+    truth = torch.linalg.svdvals(W.double().cpu() if W.device.type == "mps" else W.double())
+    return float((S.double() - truth).abs().max() / truth[0])
+
+
+def exact_one(bench: Bench, W: Tensor) -> tuple[float, str, str]:
+    error = spectrum_error(decompose_batch(W).S, W)
+    return bench.clock(lambda: decompose_batch(W), 1, warm_up=False), f"S {error:.1e}", "ONE matrix"
+
+
+def bench_exact(bench: Bench) -> None:
+    """torch.linalg.svd against ours; the slow ones on few matrices, scaled up."""
+    few = min(2, bench.num)
+
+    def library(driver: str | None) -> tuple[float, str, str]:
+        def work() -> Tensor:
+            return torch.stack(
+                [torch.linalg.svd(W, full_matrices=False, driver=driver)[1] for W in bench.weights[:few]]
+            )
+
+        ms = bench.clock(work, 1) * bench.num / few
+        return ms, f"S {spectrum_error(work()[0], bench.weights[0]):.1e}", f"{few} measured, scaled to {bench.num}"
+
+    def ours() -> tuple[float, str, str]:
+        bench.old = decompose_many(bench.weights)
+        ms = bench.clock(lambda: decompose_many(bench.weights), 1, warm_up=False)
+        d, W = bench.old[0], bench.weights[0]
+        rebuilt = float((d.rebuild() - W).norm() / W.norm())
+        return ms, f"S {spectrum_error(d.S, W):.1e} rebuild {rebuilt:.1e}", "float64 Gram eigh, batched"
+
+    bench.row("exact", "torch.linalg.svd default", lambda: library(None))
+    if bench.device.type == "cuda":
+        bench.row("exact", "torch.linalg.svd gesvda", lambda: library("gesvda"))
+    bench.row("exact", "ours decompose_many", ours)
+    bench.row("exact", "ours, one matrix", lambda: exact_one(bench, bench.weights[0]))
+    bench.new = decompose_many(bench.after)
+
+
+def stacked(decompositions: list[Decomposition], width: int) -> lanes.Basis:
+    rows = [(d.U[:, :width], d.S[:width], d.V[:, :width], d.S) for d in decompositions]
+    return lanes.Basis(*(torch.stack(column) for column in zip(*rows, strict=True)))
+
+
+def subspace_check(U: Tensor, S: Tensor, exact: list[Decomposition], k: int) -> str:
+    """rms sine, largest angle where there is a gap, and the error of the singular values."""
+    truth = torch.stack([d.U[:, :k] for d in exact])
+    values = torch.stack([d.S for d in exact])
+    rms = float((metrics.sin_theta_squared(truth.double(), U[..., :k].double()) / k).mean().sqrt())
+    error = float(((S[..., :k] - values[:, :k]).abs().amax(-1) / values[:, 0]).max())
+    gapped = metrics.relative_gap(values, k) > GAP
+    angle = "no gap"
+    if bool(gapped.any()):
+        bound = metrics.subspace_angle_bound(truth[gapped].double(), U[gapped][..., :k].double())
+        angle = f"{float(bound.max()):.4f}"
+    return f"rms {rms:.4f} angle {angle} S {error:.0e}"
+
+
+def bench_warm(bench: Bench) -> None:
+    """One warm iteration with every way to do Rayleigh-Ritz; accuracy after a 1 % update."""
+    W = torch.stack(bench.after)
+    for k in bench.ks:
+        width = min(k + OVERSAMPLE, bench.size)
+        old = stacked(bench.old, width)
+        moved = subspace_check(old.U, old.S, bench.new, k)
+        bench.row("warm step", "old basis (no work)", lambda moved=moved: (0.0, moved, ""), k)
+        variants: list[tuple[RitzWay, int]] = [*((way, 1) for way in RITZ_WAYS), ("hybrid", 2), ("refine", 2)]
+        for way, iterations in variants:
+
+            def work(way: RitzWay = way, iterations=iterations, old=old):
+                return warm_steps(W, old.U, old.S, old.V, way=way, max_iterations=iterations)
+
+            def measure(work=work, k=k) -> tuple[float, str, str]:
+                result = work()
+                note = f"residual {float(result.residual.max()):.1e} ok {int(result.ok.sum())}/{bench.num}"
+                return bench.clock(work, warm_up=False), subspace_check(result.U, result.S, bench.new, k), note
+
+            bench.row("warm step", way if iterations == 1 else f"{way} x{iterations}", measure, k)
+
+
+def bench_ritz(bench: Bench) -> None:
+    """The small eigenvalue problem alone."""
+    W = torch.stack(bench.after)
+    for k in bench.ks:
+        old = stacked(bench.old, min(k + OVERSAMPLE, bench.size))
+        Z = W.mT @ old.U
+        H = Z.mT @ Z
+        for way in RITZ_WAYS[:-1]:
+
+            def measure(way: RitzWay = way, H=H) -> tuple[float, str, str]:
+                P = ritz_rotation(H, way)
+                rotated = P.mT @ H @ P
+                off = rotated - torch.diag_embed(rotated.diagonal(dim1=-2, dim2=-1))
+                left = float((off.flatten(1).norm(dim=1) / rotated.flatten(1).norm(dim=1)).max())
+                note = sync_note(bench, lambda: ritz_rotation(H, way))
+                return bench.clock(lambda: ritz_rotation(H, way), warm_up=False), f"off-diagonal {left:.0e}", note
+
+            bench.row("small eigh", way, measure, k)
+
+
+def exact_rho(bench: Bench, k: int) -> float:
+    """Mean rotation ratio from two exact decompositions."""
+    U, new = (torch.stack([d.U[:, :k] for d in side]) for side in (bench.old, bench.new))
+    dW = torch.stack(bench.after) - torch.stack(bench.weights)
+    spectrum = torch.stack([d.S for d in bench.old])
+    expected = null.rotation_null(spectrum, k, null.update_variance(dW), bench.size)
+    return float(null.rotation_ratio(metrics.sin_theta_squared(U, new), expected).mean())
+
+
+def bench_analysis(bench: Bench) -> None:
+    """A full tracked analysis with all its numbers, gradient and update statistics included."""
+    W, before, G = torch.stack(bench.after), torch.stack(bench.weights), torch.stack(bench.gradients)
+    for k in bench.ks:
+        truth = exact_rho(bench, k)
+        old = stacked(bench.old, min(k + OVERSAMPLE, bench.size))
+        cut = torch.full((bench.num,), k, device=bench.device)
+        mask = torch.ones(bench.num, k, device=bench.device)
+
+        def analyse(way: RitzWay, old=old, cut=cut, mask=mask, k=k) -> Tensor:
+            result = warm_step(W, old.U, old.S, old.V, way=way, cut=cut)
+            new = lanes.Basis(result.U, result.S, result.V, lanes.updated_spectrum(result.S, old.spectrum, W))
+            quality = {"ok": 1.0, "exact": 0.0, "skipped": 0.0} | {"residual": result.residual, "staleness": 0.0}
+            table = lanes.slow_statistics(old, new, W, W - before, cut, k, quality)
+            for X in (G, W - before):
+                participation = lanes.fast_participation(X)
+                lanes.fast_statistics(X, old.U[..., :k], old.S[:, :k], old.V[..., :k], mask, participation)
+            return table
+
+        for way in RITZ_WAYS[1:3]:
+
+            def measure(way: RitzWay = way, analyse=analyse, truth=truth) -> tuple[float, str, str]:
+                table = analyse(way)
+                note = sync_note(bench, lambda: analyse(way))
+                rho = table[:, lanes.SLOW_COLUMNS.index("rho")].mean()
+                return (
+                    bench.clock(lambda: analyse(way), warm_up=False),
+                    f"mean rho {float(rho):.3f} exact {truth:.3f}",
+                    note,
+                )
+
+            bench.row("full analysis", way, measure, k)
+
+
+def share_error(tracker: SubspaceTracker, bench: Bench, after: dict, gradients: dict, k: int) -> str:
+    """Largest error of the fast lane's shares against float64, over the first four matrices."""
+    tracker.flush()
+    tracker.observe(1, after, gradients)
+    values = next(report for report in tracker.flush() if report.kind == "fast").values
+    worst = 0.0
+    for i, name in enumerate(list(after)[:4]):
+        U = bench.old[i].U.double()
+        for X, key in ((gradients[name], "gradient/share"), (after[name] - bench.weights[i], "update/share")):
+            worst = max(worst, abs(float(metrics.principal_share(X.double(), U, k)) - values[name][key]))
+    return f"share {worst:.0e}"
+
+
+def sync_note(bench: Bench, work: Callable[[], object]) -> str:
+    """Host synchronisations during one run, as torch's debug mode counts them."""
+    if bench.device.type != "cuda":
+        return ""
+    bench.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            work()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return f"host syncs {sum('called a synchronizing' in str(w.message) for w in caught)}"
+
+
+def bench_fast(bench: Bench) -> None:
+    """What every step pays: gradient and update of all matrices against the last basis."""
+    names = [f"w{i}" for i in range(bench.num)]
+    weights, after = dict(zip(names, bench.weights, strict=True)), dict(zip(names, bench.after, strict=True))
+    gradients = dict(zip(names, bench.gradients, strict=True))
+    for k in bench.ks:
+        for dtype in (torch.float32, torch.bfloat16) if bench.device.type == "cuda" else (torch.float32,):
+
+            def measure(k: int = k, dtype=dtype) -> tuple[float, str, str]:
+                tracker = SubspaceTracker(weights, dict.fromkeys(names, k), TrackerSettings(fast_dtype=dtype))
+                for name, d in zip(names, bench.old, strict=True):
+                    tracker.install(name, d, weights[name], 0)
+                check = share_error(tracker, bench, after, gradients, k)
+                note = sync_note(bench, lambda: tracker.observe(2, after, gradients))
+                ms = bench.clock(lambda: tracker.observe(3, after, gradients))
+                held = sum(tracker.memory_bytes().values()) / 2**20
+                return ms, check, f"{note} {100 * ms / STEP_MS:.2f} % of a d20 step, holds {held:.0f} MiB"
+
+            bench.row("fast lane / step", str(dtype).removeprefix("torch."), measure, k)
+
+
+def bench_engine(bench: Bench, section: str, weights: dict[str, Tensor], k: int) -> None:
+    """The whole engine over one interval: both lanes, staggered, as a training loop would call it."""
+
+    def measure() -> tuple[float, str, str]:
+        names = list(weights)
+        gradients = {name: random_matrix(W.shape, i, W.device) for i, (name, W) in enumerate(weights.items())}
+        current = {name: W.clone() for name, W in weights.items()}
+        tracker = SubspaceTracker(current, dict.fromkeys(names, k), TrackerSettings(interval=20))
+        tracker.step(0, current, gradients)
+        tracker.flush()
+        total, hosts, steps = 0.0, [], 40
+        for step in range(1, steps + 1):
+            for name in names:
+                current[name] += 1e-4 * gradients[name] / gradients[name].norm() * current[name].norm()
+            bench.synchronize()
+            start = time.perf_counter()
+            tracker.step(step, current, gradients)
+            hosts.append((time.perf_counter() - start) * 1e3)
+            tracker.settle()
+            bench.synchronize()
+            total += (time.perf_counter() - start) * 1e3
+        slow = [values for report in tracker.flush() if report.kind == "slow" for values in report.values.values()]
+        exact = sum(values["exact"] for values in slow)
+        ms = total / steps
+        tracker.analyse(steps + 1, current, names[:1])
+        truth = decompose_many([current[names[0]]])[0]
+        angle = metrics.compute_subspace_angle(tracker.basis(names[0]).U, truth.U, k)
+        counts = f"{len(slow) - exact:.0f} warm {exact:.0f} exact"
+        note = f"host {sum(hosts) / steps:.1f} ms, {100 * ms / STEP_MS:.2f} % of d20; {counts}"
+        return ms, f"angle {angle:.4f}", note
+
+    bench.row(section, f"{len(weights)} matrices, mean of 40", measure, k)
+
+
+def bench_engines(bench: Bench) -> None:
+    n, device = bench.size, bench.device
+    count = max(1, bench.num // 4)
+    attention = {f"attn{i}": W for i, W in enumerate(bench.weights)}
+    mlp = {f"fc{i}": trained_matrix(4 * n, n, i, device) for i in range(count)}
+    mlp |= {f"proj{i}": trained_matrix(n, 4 * n, 50 + i, device) for i in range(count)}
+    for k in [k for k in (16, 64, 128) if k in bench.ks]:
+        bench_engine(bench, "engine / step, attention", attention, k)
+    k = 64 if 64 in bench.ks else bench.ks[0]
+    bench_engine(bench, "engine / step, MLP", mlp, k)
+    bench_engine(bench, "engine / step, all", attention | mlp, k)
+    for name in ("fc0", "proj0"):
+        bench.row("exact", f"MLP {name}, one matrix", lambda name=name: exact_one(bench, mlp[name]))
+
+
+# --- output -----------------------------------------------------------------------------------------------------------
+
+
+def format_row(result: Result) -> str:
+    ms = f"{result.ms:10.2f}" if result.ms is not None else " " * 10
+    k = f"{result.k:4d}" if result.k is not None else "    "
+    return f"{result.section:26s} {result.variant:28s} {k} {ms}  {result.check:42s} {result.note}"
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num", type=int, default=80, help="matrices")
+    parser.add_argument("--size", type=int, default=1280, help="rows and columns of the square ones")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--ks", type=int, nargs="+", default=[16, 32, 64, 128, 256])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="write the rows as JSON")
+    return parser.parse_args(argv)
+
+
+@torch.no_grad()
+def main() -> None:
+    arguments = parse()
+    started = time.perf_counter()
+    name = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else f"{torch.get_num_threads()} threads"
+    print(f"torch {torch.__version__}, {arguments.device} ({name}), {arguments.num} x {arguments.size}^2, float32")
+    print(f"{'section':26s} {'variant':28s} {'k':>4s} {'ms':>10s}  {'check':42s} note")
+    bench = Bench(arguments)
+    for section in (bench_exact, bench_ritz, bench_warm, bench_analysis, bench_fast, bench_engines):
+        try:
+            section(bench)
+        except Exception as error:
+            print(f"{section.__name__} stopped: {type(error).__name__}: {error}", flush=True)
+            bench.results.append(Result(section.__name__, "stopped", note=str(error)))
+    seconds = time.perf_counter() - started
+    print(f"{seconds:.0f} s in all")
+    if arguments.out:
+        shape = {"num": arguments.num, "size": arguments.size, "device": name, "torch": torch.__version__}
+        rows = [asdict(result) for result in bench.results]
+        arguments.out.write_text(json.dumps({**shape, "seconds": seconds, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""The slow lane's work on a snapshot: warm iterations, exact decompositions, and what changed since the last time.
+
+`run_job` may run in a thread of its own on a side stream; it touches nothing but its job.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from svdtrain.spectral.decompose import Decomposition, DecompositionFailed, decompose_many
+from svdtrain.spectral.lanes import SLOW_COLUMNS, Basis, slow_statistics, updated_spectrum
+from svdtrain.spectral.subspace import RitzWay, staleness_of, warm_steps
+
+log = logging.getLogger(__name__)
+
+_EIGH_IS_CHEAP = 32  # columns up to which batched eigh is one kernel on CUDA
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Matrices of one bucket: weights and references [b, m, n], old bases, k of each, and which are to be exact."""
+
+    names: list[str]
+    W: Tensor
+    reference: Tensor
+    old: Basis
+    cut: Tensor
+    max_cut: int
+    exact: list[bool]
+    first: list[bool]
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One analysis of some matrices at one step. `ready`: CUDA event after the snapshot was taken."""
+
+    step: int
+    parts: list[Part]
+    ritz: RitzWay | Literal["auto"]
+    skip_tolerance: float
+    residual_tolerance: float
+    max_iterations: int
+    ready: torch.cuda.Event | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class RowResult:
+    """New basis of one matrix (no batch dimension), the weight it belongs to, and its row of SLOW_COLUMNS."""
+
+    basis: Basis
+    weight: Tensor
+    table: list[float]
+    exact: bool
+    ok: bool
+    skipped: bool
+    first: bool
+
+
+@torch.no_grad()
+def run_job(job: Job, stream: torch.cuda.Stream | None) -> dict[str, RowResult]:
+    """Analyse every part. On CUDA on `stream`, and waits for it: call it from a worker thread there."""
+    if stream is None:
+        return _run_parts(job)
+    with torch.cuda.device(stream.device), torch.cuda.stream(stream):
+        if job.ready is not None:
+            stream.wait_event(job.ready)
+        results = _run_parts(job)
+        stream.synchronize()
+    return results
+
+
+def _run_parts(job: Job) -> dict[str, RowResult]:
+    results: dict[str, RowResult] = {}
+    for part in job.parts:
+        try:
+            for rows, skipped in _split(part, job.skip_tolerance):
+                if rows:
+                    results.update(_analyse(part, rows, skipped, job))
+        except RuntimeError as error:  # out of memory, or a library that gave up: training must go on
+            log.warning("the analysis of %s failed, the old bases are kept: %s", part.names, error)
+            results.update({name: _failed(part, i) for i, name in enumerate(part.names)})
+    return results
+
+
+def _failed(part: Part, i: int) -> RowResult:
+    old = Basis(part.old.U[i], part.old.S[i], part.old.V[i], part.old.spectrum[i])
+    table = [0.0] * len(SLOW_COLUMNS)
+    return RowResult(old, part.W[i], table, exact=False, ok=False, skipped=False, first=part.first[i])
+
+
+def _split(part: Part, skip_tolerance: float) -> list[tuple[list[int], bool]]:
+    """Rows to analyse and rows to skip (basis still good, not asked to be exact)."""
+    everything = list(range(len(part.names)))
+    if skip_tolerance <= 0:
+        return [(everything, False)]
+    stale = staleness_of(part.W.to(part.old.S.dtype), part.old.U, part.old.S, part.old.V, part.cut).tolist()
+    skip = [i for i in everything if not part.exact[i] and stale[i] < skip_tolerance]
+    return [([i for i in everything if i not in skip], False), (skip, True)]
+
+
+def _analyse(part: Part, rows: list[int], skipped: bool, job: Job) -> dict[str, RowResult]:
+    old = _pick(part.old, rows)
+    dtype = _work_dtype(part.old.S)
+    W = part.W[rows].to(dtype)
+    work = Basis(*(t.to(dtype) for t in (old.U, old.S, old.V, old.spectrum)))
+    new, residual, staleness, ok = _keep(W, work, part.cut[rows]) if skipped else _iterate(part, rows, W, work, job)
+    exact = torch.zeros(len(rows), dtype=torch.bool)
+    if not skipped:
+        new, exact, ok, residual = _exact_rows(part, rows, new, ok, residual)
+    dW = W - part.reference[rows].to(dtype)
+    quality = {
+        "ok": ok.float(), "exact": exact.to(W.device).float(), "skipped": float(skipped),
+        "residual": residual, "staleness": staleness,
+    }  # fmt: skip
+    table = slow_statistics(work, new, W, dW, part.cut[rows], part.max_cut, quality).tolist()
+    stored = Basis(*(t.to(old.S.dtype) for t in (new.U, new.S, new.V, new.spectrum)))
+    return {
+        part.names[i]: RowResult(
+            basis=Basis(stored.U[j], stored.S[j], stored.V[j], stored.spectrum[j]),
+            weight=part.W[i], table=table[j], exact=bool(exact[j]), ok=table[j][0] > 0,
+            skipped=skipped, first=part.first[i],
+        )
+        for j, i in enumerate(rows)
+    }  # fmt: skip
+
+
+def _work_dtype(S: Tensor) -> torch.dtype:
+    """float64 where float32 products are allowed to be TF32: three digits are not enough for a basis, and flipping
+    the global switch from a thread would change the model's own products (and make compiled graphs recompile)."""
+    if S.is_cuda and torch.get_float32_matmul_precision() != "highest":
+        return torch.float64
+    return S.dtype
+
+
+def _pick(basis: Basis, rows: list[int]) -> Basis:
+    return Basis(basis.U[rows], basis.S[rows], basis.V[rows], basis.spectrum[rows])
+
+
+def _keep(W: Tensor, old: Basis, cut: Tensor) -> tuple[Basis, Tensor, Tensor, Tensor]:
+    stale = staleness_of(W, old.U, old.S, old.V, cut)
+    return old, stale, stale, torch.ones_like(stale, dtype=torch.bool)
+
+
+def _iterate(part: Part, rows: list[int], W: Tensor, old: Basis, job: Job) -> tuple[Basis, Tensor, Tensor, Tensor]:
+    """Warm step of the rows that are not exact; the others pass through with ok = False."""
+    warm = [j for j, i in enumerate(rows) if not part.exact[i]]
+    zero = torch.zeros(len(rows), dtype=W.dtype, device=W.device)
+    residual, staleness, ok = zero.clone(), zero.clone(), zero.bool()
+    if not warm:
+        return old, residual, staleness, ok
+    base = _pick(old, warm)
+    cut = part.cut[[rows[j] for j in warm]]
+    result = warm_steps(
+        W[warm], base.U, base.S, base.V, way=_ritz_way(job.ritz, base.S), cut=cut,
+        tolerance=job.residual_tolerance, max_iterations=job.max_iterations,
+    )  # fmt: skip
+    residual[warm], staleness[warm], ok[warm] = result.residual, result.staleness, result.ok
+    spectrum = updated_spectrum(result.S, base.spectrum, W[warm])
+    merged = [t.clone() for t in (old.U, old.S, old.V, old.spectrum)]
+    for target, source in zip(merged, (result.U, result.S, result.V, spectrum), strict=True):
+        target[warm] = source
+    return Basis(*merged), residual, staleness, ok
+
+
+def _ritz_way(way: RitzWay | Literal["auto"], S: Tensor) -> RitzWay:
+    if way != "auto":
+        return way
+    return "hybrid" if S.is_cuda and S.shape[-1] > _EIGH_IS_CHEAP else "eigh"
+
+
+def _exact_rows(
+    part: Part, rows: list[int], new: Basis, ok: Tensor, residual: Tensor
+) -> tuple[Basis, Tensor, Tensor, Tensor]:
+    """Replace the rows asked to be exact; a failed one keeps its old basis and is reported."""
+    wanted = [j for j, i in enumerate(rows) if part.exact[i]]
+    exact = torch.zeros(len(rows), dtype=torch.bool)
+    if not wanted:
+        return new, exact, ok, residual
+    ok, width = ok.clone(), new.S.shape[-1]
+    merged = [t.clone() for t in (new.U, new.S, new.V, new.spectrum)]
+    for j, result in zip(wanted, _decompose([part.W[rows[j]] for j in wanted]), strict=True):
+        if result is None:
+            log.warning("%s: no decomposition; its old basis is kept and training goes on", part.names[rows[j]])
+            continue
+        parts = (result.U[:, :width], result.S[:width], result.V[:, :width], result.S)
+        for target, source in zip(merged, parts, strict=True):
+            target[j] = source
+        exact[j], ok[j] = True, True
+    return Basis(*merged), exact, ok, residual
+
+
+def _decompose(matrices: list[Tensor]) -> list[Decomposition | None]:
+    try:
+        return list(decompose_many(matrices))
+    except DecompositionFailed as failure:
+        log.warning("exact decomposition failed: %s", failure)
+        return failure.results

@@ -1,0 +1,214 @@
+"""The numbers of the two lanes, for a batch of equal shapes at once, without waiting for the device.
+
+Fast lane: where the energy of a gradient or an update sits against a known basis. Slow lane: how a new basis differs
+from the last one. Both give one row of numbers a matrix; `fast_values` and `slow_values` turn a row that has reached
+the host into named floats, and add what chance predicts.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from svdtrain.spectral import null
+from svdtrain.spectral.metrics import (
+    directions_for_energy,
+    entropy_rank,
+    largest_eigenvalue_bound,
+    matrix_participation_ratio,
+    participation_ratio,
+    projection_residual,
+    safe_ratio,
+    squared_norm,
+    stable_rank,
+)
+
+FAST_COLUMNS = ("norm", "pp", "left", "right", "erasure", "participation")
+SLOW_COLUMNS = (
+    "ok", "exact", "skipped", "residual", "staleness", "angle", "sin_squared", "expected", "rho", "gap", "update_ratio",
+    "stable_rank", "entropy_rank", "participation_rank", "concentration_90", "intruders", "edge_rank", "threshold_rank",
+)  # fmt: skip
+COMPARISONS = ("angle", "sin_squared", "expected", "rho", "intruders", "update_ratio", "staleness")
+_UNMOVED = 1e-6  # relative size of an update
+NO_GAP = 1e-3  # relative gap at k under which the largest angle says nothing
+
+
+# --- fast lane --------------------------------------------------------------------------------------------------------
+
+
+def fast_statistics(
+    X: Tensor,
+    U: Tensor,
+    S: Tensor,
+    V: Tensor,
+    mask: Tensor,
+    participation: Tensor,
+    *,
+    right_side: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Columns FAST_COLUMNS of X [b, m, n] against U [b, m, K], S [b, K], V [b, n, K]; float32 [b, 6].
+
+    mask [b, K] (0/1) marks each matrix's principal directions. pp, left and right are shares of ||X||_F^2: both sides,
+    left side, right side principal. erasure is sum_i s_i u_i^T X v_i / sum_i s_i^2: half the relative first-order
+    change of the principal energy, negative when X erases. `participation` [b] is passed through. Without
+    `right_side`, one of the two large products is saved and `right` is NaN.
+    """
+    X, unit = _in_range(X, dtype)
+    U, V = (U * mask.unsqueeze(-2)).to(dtype), (V * mask.unsqueeze(-2)).to(dtype)
+    left = U.mT @ X
+    D = left @ V
+    total = squared_norm(X)
+    pp, left_share = (safe_ratio(squared_norm(part), total) for part in (D, left))
+    right_share = safe_ratio(squared_norm(X @ V), total) if right_side else torch.full_like(total, math.nan)
+    S = S * mask
+    strongest = S.amax(-1, keepdim=True).clamp_min(torch.finfo(S.dtype).tiny)
+    relative = S / strongest
+    diagonal = D.diagonal(dim1=-2, dim2=-1).float() * (unit[:, None] / strongest)
+    erasure = safe_ratio((relative * diagonal).sum(-1), relative.square().sum(-1))
+    columns = (total.sqrt() * unit, pp, left_share, right_share, erasure, participation)
+    return torch.stack([column.float() for column in columns], dim=-1)
+
+
+def _in_range(X: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """X [b, m, n] in a unit in which its squares stay inside float32, and that unit [b].
+
+    A GPU always takes the largest entry, for it cannot branch; the CPU looks, and rescales only when it must.
+    """
+    X = X.float()
+    if not X.is_cuda:
+        total = squared_norm(X)
+        if bool(((total == 0) | ((total > 1e-20) & (total < 1e30))).all()):
+            return X.to(dtype), torch.ones_like(total)
+    largest = _largest(X)
+    return (X / largest[:, None, None]).to(dtype), largest
+
+
+def _largest(X: Tensor) -> Tensor:
+    return X.abs().amax((-2, -1)).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def fast_participation(X: Tensor) -> Tensor:
+    """Participation ratio of X [b, m, n], float32 [b]; on CUDA in bfloat16, which moves it by less than a per cent."""
+    X = _in_range(X, torch.float32)[0]
+    return matrix_participation_ratio(X.bfloat16() if X.is_cuda else X).float()
+
+
+def fast_values(row: list[float], m: int, n: int, k: int) -> dict[str, float]:
+    """Named floats of one row: energy blocks, shares, lifts and z of both sides, and what the row holds.
+
+    The blocks pp, pm, mp, mm sum to 1; m is everything that is not principal (mp, mm and right_* only where the right
+    side was computed). `finite` is 0 for a broken input, and nothing else is given then.
+    """
+    values = dict(zip(FAST_COLUMNS, row, strict=True))
+    if not math.isfinite(values["norm"]):
+        return {"finite": 0.0}
+    if values["norm"] == 0:
+        return {"finite": 1.0, "norm": 0.0}
+    pp, left, right, participation = values["pp"], values["left"], values["right"], values["participation"]
+    out = {
+        "finite": 1.0, "norm": values["norm"], "share": left, "erasure": values["erasure"],
+        "participation": participation, "pp": pp, "pm": max(left - pp, 0.0),
+        "pp_lift": pp * m * n / (k * k) if k else 1.0,
+    }  # fmt: skip
+    out["lift"], out["z"] = null.share_lift_and_z(left, k, m, participation)
+    if math.isfinite(right):
+        out |= {"right_share": right, "mp": max(right - pp, 0.0), "mm": max(1 - left - right + pp, 0.0)}
+        out["right_lift"], out["right_z"] = null.share_lift_and_z(right, k, n, participation)
+    return out
+
+
+# --- slow lane --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Basis:
+    """A batch of truncated decompositions with the whole spectrum beside it.
+
+    U [b, m, l], S [b, l], V [b, n, l], spectrum [b, g]; beyond l the spectrum is that of the last exact decomposition,
+    scaled to the energy that is left.
+    """
+
+    U: Tensor
+    S: Tensor
+    V: Tensor
+    spectrum: Tensor
+
+
+def updated_spectrum(S: Tensor, old_spectrum: Tensor, W: Tensor) -> Tensor:
+    """All g singular values from the l tracked ones S [b, l] and the shape of the old tail; the energy is W's own."""
+    tracked = S.shape[-1]
+    if tracked == old_spectrum.shape[-1]:
+        return S
+    strongest = S[:, :1].clamp_min(torch.finfo(S.dtype).tiny)
+    tail = old_spectrum[:, tracked:] / strongest
+    left_over = squared_norm(W / strongest.unsqueeze(-1)) - (S / strongest).square().sum(-1)
+    factor = safe_ratio(left_over.clamp_min(0), tail.square().sum(-1)).sqrt()
+    tail = torch.minimum(tail * factor.unsqueeze(-1), S[:, -1:] / strongest)
+    return torch.cat([S, tail * strongest], dim=-1)
+
+
+def slow_statistics(
+    old: Basis, new: Basis, W: Tensor, dW: Tensor, cut: Tensor, max_cut: int, quality: dict[str, Tensor | float]
+) -> Tensor:
+    """Columns SLOW_COLUMNS for a batch; [b, 18]. cut [b] is each matrix's k, max_cut a bound the host knows.
+
+    `quality` gives ok, exact, skipped, residual and staleness.
+    """
+    m, n = W.shape[-2:]
+    width = max(1, max_cut)
+    mask = (torch.arange(width, device=W.device) < cut.unsqueeze(-1)).to(W.dtype)
+    before, after = old.U[..., :width] * mask.unsqueeze(-2), new.U[..., :width] * mask.unsqueeze(-2)
+    R = projection_residual(before, after)
+    sin_squared = squared_norm(R)
+    angle = largest_eigenvalue_bound(R.mT @ R).clamp(0, 1).sqrt().asin()
+    scale = new.spectrum[:, :1].clamp_min(torch.finfo(W.dtype).tiny).unsqueeze(-1)
+    # In units of s_1: the square of a tiny update would vanish in float32.
+    tau_squared = null.update_variance(dW / scale)
+    expected = null.rotation_null(old.spectrum / scale[..., 0], cut, tau_squared, m, max_k=width)
+    intruders = (null.intruder_directions(old.U, after, width) & mask.bool()).sum(-1)
+    edge, threshold = null.signal_rank(new.spectrum, m, n)
+    update_ratio = safe_ratio(squared_norm(dW / scale), squared_norm(W / scale)).sqrt()
+    # A matrix that did not move did not rotate: what is left is the last basis converging.
+    rho = torch.where(update_ratio > _UNMOVED, null.rotation_ratio(sin_squared, expected), torch.ones_like(expected))
+    columns = {
+        **quality,
+        "angle": angle, "sin_squared": sin_squared, "expected": expected,
+        "rho": rho, "gap": _gap_at(new.spectrum, cut), "update_ratio": update_ratio,
+        "stable_rank": stable_rank(new.spectrum), "entropy_rank": entropy_rank(new.spectrum),
+        "participation_rank": participation_ratio(new.spectrum),
+        "concentration_90": directions_for_energy(new.spectrum, 0.9) / new.spectrum.shape[-1],
+        "intruders": intruders, "edge_rank": edge, "threshold_rank": threshold,
+    }  # fmt: skip
+    rows = W.shape[0]
+    return torch.stack([torch.as_tensor(columns[c], device=W.device).float().expand(rows) for c in SLOW_COLUMNS], -1)
+
+
+def _gap_at(spectrum: Tensor, cut: Tensor) -> Tensor:
+    """(s_k - s_{k+1}) / s_1 with each matrix's own k; 0 for k = 0 or k = g."""
+    g = spectrum.shape[-1]
+    k = cut.clamp(1, max(g - 1, 1)).unsqueeze(-1)
+    above = spectrum.gather(-1, k - 1)
+    below = spectrum.gather(-1, k.clamp_max(g - 1))
+    gap = safe_ratio((above - below)[:, 0], spectrum[:, 0])
+    return torch.where((cut > 0) & (cut < g), gap, torch.zeros_like(gap))
+
+
+def slow_values(row: list[float], first: bool) -> dict[str, float]:
+    """Named floats of one row; only `ok` = 0 for a failed one.
+
+    Without an earlier basis (`first`) there is nothing to compare with; where there is no gap at k the largest angle is
+    left out and `no_gap` is 1.
+    """
+    values: dict[str, float] = dict(zip(SLOW_COLUMNS, row, strict=True))
+    if not values["ok"]:
+        return {"ok": 0.0}
+    if first:
+        values = {key: value for key, value in values.items() if key not in COMPARISONS}
+    values["no_gap"] = float(values["gap"] < NO_GAP)
+    if values["no_gap"]:
+        values.pop("angle", None)
+    return values

@@ -1,0 +1,183 @@
+"""Where the tracked bases live: one stack per shape and width, so that every lane is a handful of batched products."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from svdtrain.spectral.lanes import Basis
+
+# A basis is as wide as the next of these above k + oversample, so that few widths share a batch and a falling r does
+# not move a matrix at every analysis.
+_WIDTHS = (16, 32, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512, 640, 768, 1024, 1280, 1536, 2048, 3072, 4096)
+_STACKED = ("U", "S", "V", "spectrum", "reference")
+
+
+@dataclass
+class Row:
+    """Host-side bookkeeping of one matrix."""
+
+    index: int
+    cut: int
+    age: int = 0  # analyses since the last exact one
+    analysed_at: int = -1
+    valid: bool = False  # a basis is there
+    filled: int = 0  # columns of the stack that hold a basis; fewer than its width after k grew
+    exact_next: bool = True
+
+    @property
+    def cut_now(self) -> int:
+        """k as far as the stored basis reaches."""
+        return min(self.cut, self.filled)
+
+
+class Bucket:
+    """Stacks of one shape and width: U [rows, m, width] and so on. Row i belongs to names[i]."""
+
+    def __init__(self, names: list[str], like: Tensor, shape: tuple[int, int], width: int) -> None:
+        (m, n), rows, device = shape, len(names), like.device
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        self.names, self.m, self.n, self.width = names, m, n, width
+        self.U = torch.zeros(rows, m, width, dtype=dtype, device=device)
+        self.S = torch.zeros(rows, width, dtype=dtype, device=device)
+        self.V = torch.zeros(rows, n, width, dtype=dtype, device=device)
+        self.spectrum = torch.zeros(rows, min(m, n), dtype=dtype, device=device)
+        self.reference = torch.zeros(rows, m, n, dtype=like.dtype, device=device)
+        self.participation = torch.zeros(2, rows, device=device)  # of G and of dW; 0: not known yet
+        self.participation_known = [False, False]
+        self.mask = torch.zeros(rows, width, dtype=dtype, device=device)
+        self.max_cut = 0
+
+    def set_cuts(self, cuts: list[int]) -> None:
+        """0/1 masks of the principal columns: one small copy from pinned memory, only when a cut changes."""
+        self.max_cut = max(cuts)
+        mask = (torch.arange(self.width) < torch.tensor(cuts)[:, None]).to(self.mask.dtype)
+        self.mask.copy_(mask.pin_memory() if self.mask.is_cuda else mask, non_blocking=True)
+
+    def basis(self, rows: list[int]) -> Basis:
+        """Copies of some rows, gathered without an index tensor (which would make the host wait)."""
+        return Basis(*(torch.stack([getattr(self, f)[i] for i in rows]) for f in ("U", "S", "V", "spectrum")))
+
+
+class BasisStore:
+    """All rows and buckets of a tracker, and their saved form."""
+
+    def __init__(self, weights: Mapping[str, Tensor], oversample: int, widest_share: float) -> None:
+        for name, W in weights.items():
+            if W.dim() != 2 or W.numel() == 0:
+                raise ValueError(f"{name}: needs a 2-D weight that is not empty, got shape {tuple(W.shape)}")
+        self._like = {name: torch.empty(0, dtype=W.dtype, device=W.device) for name, W in weights.items()}
+        self.shapes = {name: (W.shape[0], W.shape[1]) for name, W in weights.items()}
+        self._oversample, self._widest_share = oversample, widest_share
+        self.rows = {name: Row(index, 0) for index, name in enumerate(weights)}
+        self.buckets: list[Bucket] = []
+        self.where: dict[str, tuple[Bucket, int]] = {}
+
+    def set_cuts(self, cuts: Mapping[str, int]) -> None:
+        """Set k of some matrices; a basis too narrow for its new k is marked for an exact analysis."""
+        for name, k in cuts.items():
+            g = min(self.shapes[name])
+            if not 0 <= k <= g:
+                raise ValueError(f"{name}: the cut must lie in [0, {g}], got {k}")
+            self.rows[name].cut = k
+        if any(name not in self.where or self._width(name) > self.where[name][0].width for name in self.rows):
+            self._build({name: self._width(name) for name in self.rows})
+        self.refresh_masks()
+
+    def refresh_masks(self) -> None:
+        """Bring the masks of the principal columns in line with the rows' cuts."""
+        for bucket in self.buckets:
+            bucket.set_cuts([self.rows[name].cut_now for name in bucket.names])
+
+    def too_wide(self, name: str) -> bool:
+        """Whether the basis is so wide that iterating saves nothing over the exact decomposition."""
+        return self.where[name][0].width > self._widest_share * min(self.shapes[name])
+
+    def write(self, name: str, basis: Basis, weight: Tensor) -> None:
+        """Store one row (tensors without a batch dimension; wider bases are cut) and its reference weight."""
+        bucket, i = self.where[name]
+        width = bucket.width
+        bucket.U[i].copy_(basis.U[:, :width])
+        bucket.S[i].copy_(basis.S[:width])
+        bucket.V[i].copy_(basis.V[:, :width])
+        bucket.spectrum[i].copy_(basis.spectrum)
+        bucket.reference[i].copy_(weight)
+        row = self.rows[name]
+        row.valid, grown, row.filled = True, row.filled != width, width
+        if grown:
+            self.refresh_masks()
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes held: bases, spectra, references."""
+        return {
+            "bases": sum(b.U.nbytes + b.S.nbytes + b.V.nbytes + b.mask.nbytes for b in self.buckets),
+            "spectra": sum(b.spectrum.nbytes for b in self.buckets),
+            "references": sum(b.reference.nbytes for b in self.buckets),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values by name."""
+        saved: dict[str, Any] = {}
+        for name, row in self.rows.items():
+            bucket, i = self.where[name]
+            saved[name] = {field: getattr(bucket, field)[i].clone() for field in _STACKED}
+            saved[name]["participation"] = bucket.participation[:, i].clone()
+            saved[name]["participation_known"] = list(bucket.participation_known)
+            saved[name] |= {key: value for key, value in vars(row).items() if key != "index"}
+        return saved
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Inverse of `state_dict`; checks everything before it changes anything. ValueError: other matrices."""
+        if set(saved) != set(self.rows):
+            differing = sorted(set(saved) ^ set(self.rows))
+            raise ValueError(f"the saved tracker watches other matrices; differing names: {differing[:6]}")
+        for name, values in saved.items():
+            then, now = tuple(values["reference"].shape), self.shapes[name]
+            if then != now:
+                raise ValueError(f"{name}: saved with shape {then}, now {now}")
+        self._build({name: values["S"].shape[0] for name, values in saved.items()})
+        for name, values in saved.items():
+            bucket, i = self.where[name]
+            for field in _STACKED:
+                getattr(bucket, field)[i].copy_(values[field])
+            bucket.participation[:, i].copy_(values["participation"])
+            bucket.participation_known = list(values["participation_known"])
+            self.rows[name] = Row(
+                self.rows[name].index, **{k: values[k] for k in vars(self.rows[name]) if k != "index"}
+            )
+        self.refresh_masks()
+
+    def _width(self, name: str) -> int:
+        g, needed = min(self.shapes[name]), self.rows[name].cut + self._oversample
+        return min(g, next((width for width in _WIDTHS if width >= needed), g))
+
+    def _build(self, widths: Mapping[str, int]) -> None:
+        """Lay the stacks out anew, and carry over what there is."""
+        old, self.buckets, self.where = self.where, [], {}
+        groups: dict[tuple, list[str]] = {}
+        for name, width in widths.items():
+            like = self._like[name]
+            groups.setdefault((self.shapes[name], width, like.dtype, like.device), []).append(name)
+        for (shape, width, _, _), names in groups.items():
+            bucket = Bucket(names, self._like[names[0]], shape, width)
+            self.buckets.append(bucket)
+            for i, name in enumerate(names):
+                self.where[name] = (bucket, i)
+                if name in old:
+                    self._carry_over(name, old[name])
+
+    def _carry_over(self, name: str, old: tuple[Bucket, int]) -> None:
+        (source, j), (target, i), row = old, self.where[name], self.rows[name]
+        columns = min(source.width, target.width)
+        target.U[i, :, :columns].copy_(source.U[j, :, :columns])
+        target.S[i, :columns].copy_(source.S[j, :columns])
+        target.V[i, :, :columns].copy_(source.V[j, :, :columns])
+        target.spectrum[i].copy_(source.spectrum[j])
+        target.reference[i].copy_(source.reference[j])
+        row.filled = min(row.filled, columns)
+        if row.filled < target.width:
+            row.exact_next = True

@@ -1,0 +1,385 @@
+"""The tracked engine: look at every matrix at every step, and keep its leading singular subspaces up to date.
+
+    tracker = SubspaceTracker(weights, cuts={"h.0.attn.c_q.weight": 64, ...}, settings=TrackerSettings())
+    each step, after the optimizer:  tracker.step(step, weights, gradients)
+    whenever it suits:               for report in tracker.poll(): ...
+
+Fast lane (every step): block energies of the gradient and of the update since the last analysis, for all matrices,
+batched by shape, against the last basis. Results reach the host through one asynchronous copy; nothing waits.
+Slow lane (every `interval` steps, staggered over the matrices): one warm iteration with oversampling, or the exact
+decomposition when the residual, the age or a request asks for it. On CUDA it runs in a thread of its own on a side
+stream from a snapshot of the weights, and is adopted at the start of the next call that touches the bases, so what is
+computed never depends on timing. With a process group each matrix has one owner; the rest receive its basis.
+
+Memory per matrix beside the weights: one copy (the reference of the update) and (m + n + 1) x width + g numbers; while
+an analysis is under way a snapshot of the matrices it is about (weights, references, bases).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from svdtrain.spectral.analysis import Job, Part, RowResult, run_job
+from svdtrain.spectral.decompose import Decomposition
+from svdtrain.spectral.lanes import (
+    FAST_COLUMNS,
+    SLOW_COLUMNS,
+    Basis,
+    fast_participation,
+    fast_statistics,
+    fast_values,
+    slow_values,
+)
+from svdtrain.spectral.sharding import own_part, share_rows
+from svdtrain.spectral.store import BasisStore, Bucket
+from svdtrain.spectral.subspace import RitzWay
+from svdtrain.spectral.transfer import HostQueue, Report
+
+log = logging.getLogger(__name__)
+
+_PARTICIPATION_EVERY_ON_CPU = 16
+_STAGGER_ON_CPU = 4
+_UPDATE, _GRADIENT = "update/", "gradient/"
+_RESIDUAL = SLOW_COLUMNS.index("residual")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackerSettings:
+    """How often, how wide, how exact."""
+
+    interval: int = 20
+    """Steps between two analyses of one matrix."""
+    exact_every: int = 10
+    """Every so many analyses the exact decomposition; 1: always."""
+    exact_interval_factor: int = 4
+    """Matrices too wide to track (see widest_share) are analysed this many times less often, exactly."""
+    oversample: int = 32
+    """Directions carried beside the k principal ones."""
+    widest_share: float = 0.5
+    """Bases wider than this share of g are not worth iterating: exact."""
+    residual_tolerance: float = 1e-3
+    """||W V - U S||_F / ||S||_2 of the principal columns that warm iterations must reach; about a tenth of the error
+    of the largest angle, radians. Where they do not, the next analysis is exact."""
+    max_iterations: int = 4
+    """Warm iterations of one analysis at most. With 1 nothing looks at the residual before the analysis ends."""
+    skip_tolerance: float = 0.0
+    """The same of the *old* basis, below which an analysis is skipped; 0: never."""
+    ritz: RitzWay | Literal["auto"] = "auto"
+    """The small eigenvalue problem; auto: eigh on the CPU and up to 32 columns, hybrid above that on a GPU."""
+    chunk: int = 40
+    """Matrices stacked at once: bounds temporary memory."""
+    participation_every: int | None = None
+    """The participation ratio of a matrix is renewed every so many steps; None: every step on a GPU, 16 on the CPU."""
+    gradient_right_side: bool | None = None
+    """Also the gradient's share on the right (input) side; None: on a GPU. The update's is always there."""
+    stagger: int | None = None
+    """Groups of matrices that are analysed at different steps; None: as many as `interval` on a GPU, 4 on the CPU,
+    where batching saves more than an even load."""
+    fast_dtype: torch.dtype = torch.float32
+    """Arithmetic of the fast lane's products."""
+
+    def __post_init__(self) -> None:
+        for name in ("interval", "exact_every", "exact_interval_factor", "oversample", "chunk", "max_iterations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+class SubspaceTracker:
+    """See the module's docstring. One instance watches any number of matrices of any shapes on one device."""
+
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        cuts: Mapping[str, int],
+        settings: TrackerSettings | None = None,
+        group: Any = None,
+    ) -> None:
+        """`cuts[name]` is k, the number of principal directions; `group`: a process group to share the work over.
+
+        Raises ValueError for no weights, a weight that is not 2-D, weights without a cut, or a cut outside [0, g].
+        """
+        if not weights or set(cuts) != set(weights):
+            raise ValueError("a tracker needs at least one weight, and a cut for each")
+        self.settings = settings or TrackerSettings()
+        self._group = group
+        self._store = BasisStore(weights, self.settings.oversample, self.settings.widest_share)
+        self._store.set_cuts(cuts)
+        device = next(iter(weights.values())).device
+        on_gpu = device.type == "cuda"
+        self._participation_every = self.settings.participation_every or (1 if on_gpu else _PARTICIPATION_EVERY_ON_CPU)
+        right_side = self.settings.gradient_right_side
+        self._gradient_right_side = on_gpu if right_side is None else right_side
+        self._stagger = self.settings.stagger or (self.settings.interval if on_gpu else _STAGGER_ON_CPU)
+        self._queue = HostQueue()
+        self._pending: tuple[Job, Future[dict[str, RowResult]]] | None = None
+        self._pool = ThreadPoolExecutor(1, "svd-analysis") if on_gpu else None
+        self._stream = torch.cuda.Stream(device) if on_gpu else None
+
+    # --- what a training loop calls ---
+
+    def step(self, step: int, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor] | None = None) -> None:
+        """Both lanes after optimizer step number `step`: observe everything, analyse what is due."""
+        self.observe(step, weights, gradients)
+        self.analyse(step, weights, self.due(step))
+
+    @torch.no_grad()
+    def observe(
+        self,
+        step: int,
+        weights: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor] | None = None,
+        updates: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Fast lane. Without `updates`, the update is the weight minus the weight of its last analysis.
+
+        Enqueues only; `poll` gives a Report of kind "fast" with values[name]["update/share"] and so on (see
+        `fast_values`), and "gradient/..." with gradients. Matrices without a basis yet are left out.
+        """
+        self.settle()
+        tables: list[Tensor] = []
+        named: list[tuple[str, bool, int, int, int]] = []
+        for bucket in self._store.buckets:
+            for start in range(0, len(bucket.names), self.settings.chunk):
+                names = bucket.names[start : start + self.settings.chunk]
+                rows = [self._store.rows[name] for name in names]
+                if any(row.valid for row in rows):
+                    tables.append(self._observe_chunk(step, bucket, start, names, weights, gradients, updates))
+                    for name, row in zip(names, rows, strict=True):
+                        named.append((name, row.valid, bucket.m, bucket.n, row.cut_now))
+        if tables:
+            self._queue.send(step, torch.cat(tables), lambda numbers: _name_fast(numbers, named))
+
+    def due(self, step: int) -> list[str]:
+        """Matrices whose analysis falls on this step: staggered, and the same on every rank."""
+        names, rows = [], self._store.rows
+        for name, row in rows.items():
+            interval = self.settings.interval
+            if self._store.too_wide(name):
+                interval *= self.settings.exact_interval_factor
+            groups = min(self._stagger, len(rows), interval)
+            if row.analysed_at < 0 or (step + row.index % groups * interval // groups) % interval == 0:
+                names.append(name)
+        return names
+
+    @torch.no_grad()
+    def analyse(self, step: int, weights: Mapping[str, Tensor], names: Iterable[str] | None = None) -> None:
+        """Slow lane for `names` (default: all) from a snapshot of their weights; gives a Report of kind "slow".
+
+        Adopted at once on the CPU, at the next call that touches the bases on a GPU.
+        """
+        self.settle()
+        chosen = set(self._store.rows if names is None else names)
+        if not chosen:
+            return
+        job = self._snapshot(step, chosen, weights)
+        own = job if self._group is None else self._own(job)
+        if self._pool is None:
+            self._adopt(job, run_job(own, None))
+        else:
+            self._pending = (job, self._pool.submit(run_job, own, self._stream))
+
+    def settle(self) -> None:
+        """Adopt the analysis under way, waiting for it if need be."""
+        if self._pending is not None:
+            (job, future), self._pending = self._pending, None
+            self._adopt(job, future.result())
+
+    def poll(self) -> list[Report]:
+        """Finished reports, oldest first; never waits. Kinds "fast" and "slow"."""
+        return self._queue.poll()
+
+    def flush(self) -> list[Report]:
+        """All reports, waiting for what is under way."""
+        self.settle()
+        return self._queue.flush()
+
+    # --- what a controller asks and sets ---
+
+    def basis(self, name: str) -> Decomposition:
+        """The tracked basis U [m, width], S [width], V [n, width] as views; LookupError while there is none."""
+        self.settle()
+        if not self._store.rows[name].valid:
+            raise LookupError(f"{name} has no basis yet")
+        bucket, i = self._store.where[name]
+        return Decomposition(bucket.U[i], bucket.S[i], bucket.V[i])
+
+    def spectrum(self, name: str) -> Tensor:
+        """All g singular values: tracked ones first, then the tail of the last exact analysis at today's energy."""
+        self.settle()
+        bucket, i = self._store.where[name]
+        return bucket.spectrum[i]
+
+    def request_exact(self, names: Iterable[str]) -> None:
+        """The next analysis of these is exact."""
+        for name in names:
+            self._store.rows[name].exact_next = True
+
+    def set_cuts(self, cuts: Mapping[str, int]) -> None:
+        """Set k of some matrices. A basis that is too narrow for its new k becomes exact at the next analysis."""
+        self.settle()
+        self._store.set_cuts(cuts)
+
+    def install(self, name: str, decomposition: Decomposition, weight: Tensor, step: int) -> None:
+        """Adopt an exact full decomposition made elsewhere (at a switch) as this matrix's basis and reference."""
+        self.settle()
+        basis = Basis(decomposition.U, decomposition.S, decomposition.V, decomposition.S)
+        self._store.write(name, basis, weight.detach())
+        row = self._store.rows[name]
+        row.age, row.analysed_at, row.exact_next = 0, step, False
+
+    def memory_bytes(self) -> dict[str, int]:
+        """Bytes held per kind: bases, spectra, references."""
+        return self._store.nbytes()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values only: safe for torch.load(weights_only=True), exact when loaded.
+
+        Reports that were not polled are not part of it: flush first.
+        """
+        self.settle()
+        return {"version": 1, "rows": self._store.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of `state_dict`. Raises ValueError when it belongs to other matrices."""
+        self.settle()
+        self._store.load_state_dict(state["rows"])
+
+    # --- fast lane ---
+
+    def _observe_chunk(
+        self,
+        step: int,
+        bucket: Bucket,
+        start: int,
+        names: list[str],
+        weights: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor] | None,
+        updates: Mapping[str, Tensor] | None,
+    ) -> Tensor:
+        """[rows, columns of the update (+ columns of the gradient)]."""
+        rows = slice(start, start + len(names))
+        if updates is None:
+            dW = torch.stack([weights[name].detach() for name in names]) - bucket.reference[rows]
+        else:
+            dW = torch.stack([updates[name].detach() for name in names])
+        tables = [self._statistics(step, bucket, rows, 1, dW)]
+        del dW
+        if gradients is not None:
+            G = torch.stack([gradients[name].detach() for name in names])
+            tables.append(self._statistics(step, bucket, rows, 0, G))
+        return torch.cat(tables, dim=-1)
+
+    def _statistics(self, step: int, bucket: Bucket, rows: slice, which: int, X: Tensor) -> Tensor:
+        participation = self._participation(step, bucket, rows, which, X)
+        k = max(1, bucket.max_cut)
+        U, S, V = bucket.U[rows, :, :k], bucket.S[rows, :k], bucket.V[rows, :, :k]
+        right_side = which == 1 or self._gradient_right_side
+        return fast_statistics(
+            X, U, S, V, bucket.mask[rows, :k], participation, right_side=right_side, dtype=self.settings.fast_dtype
+        )
+
+    def _participation(self, step: int, bucket: Bucket, rows: slice, which: int, X: Tensor) -> Tensor:
+        """The participation ratios, renewed for the matrices whose turn it is."""
+        cache, every = bucket.participation[which], self._participation_every
+        if every == 1 or not bucket.participation_known[which]:
+            cache[rows] = fast_participation(X)
+            bucket.participation_known[which] = every > 1 and rows.stop == len(bucket.names)
+        else:
+            for i in range(rows.start, rows.stop):
+                if (step + i) % every == 0:
+                    j = i - rows.start
+                    cache[i : i + 1] = fast_participation(X[j : j + 1])
+        return cache[rows]
+
+    # --- slow lane ---
+
+    def _snapshot(self, step: int, chosen: set[str], weights: Mapping[str, Tensor]) -> Job:
+        """Copies of everything the analysis reads, so that training may go on."""
+        parts = []
+        for bucket in self._store.buckets:
+            rows = [i for i, name in enumerate(bucket.names) if name in chosen]
+            for start in range(0, len(rows), self.settings.chunk):
+                parts.append(self._part(bucket, rows[start : start + self.settings.chunk], weights))
+        ready = None
+        if self._stream is not None:
+            ready = torch.cuda.Event()
+            ready.record(torch.cuda.current_stream(self._stream.device))
+        own = self.settings
+        return Job(
+            step, parts, own.ritz, own.skip_tolerance, own.residual_tolerance, own.max_iterations, ready
+        )  # fmt: skip
+
+    def _part(self, bucket: Bucket, rows: list[int], weights: Mapping[str, Tensor]) -> Part:
+        names = [bucket.names[i] for i in rows]
+        host = [self._store.rows[name] for name in names]
+        return Part(
+            names=names,
+            W=torch.stack([weights[name].detach() for name in names]),
+            reference=torch.stack([bucket.reference[i] for i in rows]),
+            old=bucket.basis(rows),
+            # From the masks on the device: a new tensor from a Python list would make the host wait.
+            cut=torch.stack([bucket.mask[i] for i in rows]).sum(-1).long(),
+            max_cut=bucket.max_cut,
+            exact=[self._exact_now(name) for name in names],
+            first=[not row.valid for row in host],
+        )
+
+    def _exact_now(self, name: str) -> bool:
+        row = self._store.rows[name]
+        return row.exact_next or row.age + 1 >= self.settings.exact_every or self._store.too_wide(name)
+
+    def _own(self, job: Job) -> Job:
+        indices = {name: row.index for name, row in self._store.rows.items()}
+        parts = [own_part(part, [indices[name] for name in part.names], self._group) for part in job.parts]
+        return replace(job, parts=[part for part in parts if part is not None])
+
+    def _adopt(self, job: Job, results: dict[str, RowResult]) -> None:
+        if self._group is not None:
+            indices = {name: row.index for name, row in self._store.rows.items()}
+            with torch.no_grad():
+                results = share_rows(job, results, indices, self._group)
+        values = {}
+        for name, result in results.items():
+            self._adopt_row(job.step, name, result)
+            values[name] = slow_values(result.table, result.first)
+        self._queue.put(Report("slow", job.step, values))
+
+    def _adopt_row(self, step: int, name: str, result: RowResult) -> None:
+        row = self._store.rows[name]
+        row.analysed_at = step
+        if not result.ok:
+            row.exact_next = True  # the old basis stays, and so does the reference that belongs to it
+            log.warning("%s: analysis at step %d failed; the old basis is kept, the next one is exact", name, step)
+            return
+        if result.skipped:
+            row.age += 1
+            return
+        with torch.no_grad():
+            self._store.write(name, result.basis, result.weight)
+        if result.exact:
+            # Ages start staggered, so that the exact ones do not all fall on the same round.
+            row.age = row.index % self.settings.exact_every if result.first else 0
+            row.exact_next = False
+        else:
+            row.age += 1
+            row.exact_next = result.table[_RESIDUAL] > self.settings.residual_tolerance
+
+
+def _name_fast(numbers: list[list[float]], named: list[tuple[str, bool, int, int, int]]) -> dict[str, dict[str, float]]:
+    values: dict[str, dict[str, float]] = {}
+    for row, (name, known, m, n, k) in zip(numbers, named, strict=True):
+        if not known:
+            continue
+        width = len(FAST_COLUMNS)
+        out = {_UPDATE + key: value for key, value in fast_values(row[:width], m, n, k).items()}
+        if len(row) > width:
+            out |= {_GRADIENT + key: value for key, value in fast_values(row[width:], m, n, k).items()}
+        values[name] = out
+    return values
