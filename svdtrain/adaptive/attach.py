@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from svdtrain.adaptive.controller import AdaptiveSVD
@@ -33,9 +34,11 @@ class AttachedSVD(AdaptiveSVD):
         *,
         adapter: Adapter | None = None,
         log: Callable[[str], None] | None = None,
+        average_gradients: bool = False,
     ) -> None:
         """See `attach`."""
         super().__init__(model, optimizer, config, adapter=adapter, log=log)
+        self._average_gradients = average_gradients
         self.step = 0
         self.changes: list[Change] = []
         self._handles = [
@@ -72,6 +75,8 @@ class AttachedSVD(AdaptiveSVD):
         return closure_then_project
 
     def _project(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._average_gradients and dist.is_initialized():
+            self._average()
         self.project_gradients()
         # Set by a GradScaler for the length of a fused step, which divides by it inside its kernel.
         scale = getattr(optimizer, "grad_scale", None)
@@ -80,6 +85,15 @@ class AttachedSVD(AdaptiveSVD):
                 for p in (factors.B, factors.A):
                     if p.grad is not None:
                         p.grad.div_(scale.to(p.grad.device))
+
+    def _average(self) -> None:
+        """Average W.grad over the ranks, in place, where it is needed in this step: the host does it only later, and
+        averaging what is already equal changes nothing."""
+        analysed = self.step % self.config.svd_interval == 0
+        for target in self.targets.values():
+            if target.W.grad is not None and (analysed or target.lowrank):
+                dist.all_reduce(target.W.grad)
+                target.W.grad.div_(dist.get_world_size())
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         found_inf = getattr(optimizer, "found_inf", None)  # of a fused step, as above
@@ -109,14 +123,17 @@ def attach(
     config: SVDConfig | None = None,
     *,
     log: Callable[[str], None] | None = None,
+    average_gradients: bool = False,
 ) -> AttachedSVD:
     """Watch and adapt the matrices of `model` from now on; nothing else in the loop changes.
 
     Gradients are read when `optimizer.step()` is called, so accumulation, clipping, unscaling and averaging before it
     are seen. `config.svd_adapter` auto means shadow: the host's groups, state and checkpoints stay as they are. To
-    resume, call `load_state_dict` on the result before training goes on. Raises what AdaptiveSVD raises.
+    resume, call `load_state_dict` on the result before training goes on. `average_gradients`: for data-parallel hosts
+    whose optimizer averages gradients inside its own step, so that each rank holds its own before it. Raises what
+    AdaptiveSVD raises.
     """
-    return AttachedSVD(model, optimizer, config, log=log)
+    return AttachedSVD(model, optimizer, config, log=log, average_gradients=average_gradients)
 
 
 def _inside_grad_scaler() -> bool:

@@ -33,29 +33,26 @@ def first_to_factors(M: Tensor, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def first_from_factors(M_B: Tensor, M_A: Tensor, B: Tensor, A: Tensor) -> Tensor:
-    """The M [m, n] of least norm that minimises ||M A^T - M_B||^2 + ||B^T M - M_A||^2.
+    """The M [m, n] of least norm with M A^T = M_B and B^T M = M_A; float64.
 
-    In orthonormal bases Q_B of B's columns and Q_A of A's rows (from the eigenvectors of the r x r Gram matrices, in
-    float64) M falls into three blocks: seen by M_B alone, by M_A alone, and by both, where the two are averaged with
-    the Gram eigenvalues as weights. Directions in which B or A vanish carry nothing and stay zero.
+    With P_B, P_A the projections on B's columns and A's rows: M P_A follows from M_B alone, P_B M from M_A alone, and
+    P_B M P_A from both, whose mean is taken (they differ once the factors have moved under their own averages). By
+    Cholesky of the r x r Gram matrices: an eigendecomposition, which would weight that mean, costs four times as much.
     """
     B, A, M_B, M_A = (t.double() for t in (B, A, M_B, M_A))
-    to_B, lambda_B = _orthonormaliser(B.T @ B)
-    to_A, lambda_A = _orthonormaliser(A @ A.T)
-    Q_B, Q_A = B @ to_B, A.T @ to_A  # [m, b], [n, a]
-    X, Y = M_B @ to_A, to_B.T @ M_A  # M Q_A [m, a] and Q_B^T M [b, n]
-    C, D = Q_B.T @ X, Y @ Q_A  # two estimates of Q_B^T M Q_A [b, a]
-    both = (C * lambda_A + D * lambda_B[:, None]) / (lambda_A + lambda_B[:, None])
-    return X @ Q_A.T + Q_B @ Y + Q_B @ (both - C - D) @ Q_A.T
+    L_B, L_A = _gram_cholesky(B.T @ B), _gram_cholesky(A @ A.T)
+    left = torch.cholesky_solve(M_B.T, L_A).T  # M P_A = left A
+    right = torch.cholesky_solve(M_A, L_B)  # P_B M = B right
+    from_left = torch.cholesky_solve(B.T @ left, L_B)  # P_B M P_A = B from_left A
+    from_right = torch.cholesky_solve(A @ right.T, L_A).T  # the same from the other side
+    return (left - B @ (from_left / 2)) @ A + B @ (right - (from_right / 2) @ A)
 
 
-def _orthonormaliser(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """T [r, b] with (F T) orthonormal for gram = F^T F [r, r], and the eigenvalues [b] kept."""
-    values, vectors = torch.linalg.eigh(gram)
-    # Factors are stored in float32: below this a direction is rounding noise. In float64 this still only drops
-    # directions a million times weaker than the strongest.
-    keep = values > 1e-13 * values[-1].clamp_min(torch.finfo(gram.dtype).tiny)
-    return vectors[:, keep] / values[keep].sqrt(), values[keep]
+def _gram_cholesky(gram: Tensor) -> Tensor:
+    """Cholesky factor of a Gram matrix [r, r] with a ridge that float32 factors cannot feel. A direction in which the
+    factor vanishes carries no moment, and the ridge maps its zero to zero."""
+    ridge = (1e-12 * gram.diagonal().max()).clamp_min(torch.finfo(gram.dtype).tiny)
+    return torch.linalg.cholesky(gram + ridge * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device))
 
 
 def second_to_factors(v: Tensor, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:

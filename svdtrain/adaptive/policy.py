@@ -138,8 +138,8 @@ def _calibrated_reason(
     explain. In low-rank mode the update is confined to the minor directions by construction and says nothing, so the
     gradient is judged, and the danger lasts until its lift falls below `calm_lift` (hysteresis): then `risk_over`.
     Measured interference that is not positive vetoes the danger (what moves does no harm), and so does a matrix that
-    is not established yet. Optimal: the update (the
-    gradient, in low-rank mode) is no more principal than chance, the rotation is explained, and rank r holds W.
+    is not established yet. Optimal: the update (the gradient, in low-rank mode) is no more principal than chance, the
+    rotation is explained, and rank r holds W.
     """
     lift, z = (measured.gradient_lift, measured.gradient_z) if lowrank else (measured.update_lift, measured.update_z)
     # Comparisons with nan (not measured) are False.

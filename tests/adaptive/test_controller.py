@@ -179,7 +179,7 @@ def test_gradients_accumulate_within_a_step_but_not_across() -> None:
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-@pytest.mark.parametrize("cut", [5, 7, 10, 13])
+@pytest.mark.parametrize("cut", [7, 13])
 def test_resume_is_exact_across_switches(kind: str, cut: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Straight 20 steps equal cut + resume at atol 0; states go through torch.save and a weights_only load."""
     plan = {4: (True, 9), 6: (True, 8), 8: (True, 6), 12: (False, 6), 14: (True, 5)}

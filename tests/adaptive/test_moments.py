@@ -18,17 +18,29 @@ sizes = {"m": st.integers(2, 9), "n": st.integers(2, 9), "seed": st.integers(0, 
 
 @settings(deadline=None, max_examples=40)
 @given(r=st.integers(1, 6), **sizes)
-def test_least_squares_is_the_least_norm_solution_of_the_stacked_system(m: int, n: int, r: int, seed: int) -> None:
-    """Against a naive dense solve, for moments that are NOT consistent with any M."""
+def test_inverse_is_the_least_norm_solution(m: int, n: int, r: int, seed: int) -> None:
+    """Against a dense pseudo-inverse of the stacked linear system."""
     r = min(r, m, n)
-    B, A = random(m, r, seed=seed), random(r, n, seed=seed + 1)
-    M_B, M_A = random(m, r, seed=seed + 2), random(r, n, seed=seed + 3)
-    got = moments.first_from_factors(M_B, M_A, B, A)
+    B, A, M = random(m, r, seed=seed), random(r, n, seed=seed + 1), random(m, n, seed=seed + 2)
+    M_B, M_A = moments.first_to_factors(M, B, A)
     # row-major vec: vec(M A^T) = (I kron A) vec(M), vec(B^T M) = (B^T kron I) vec(M)
     system = torch.cat([torch.kron(torch.eye(m).double(), A), torch.kron(B.T.contiguous(), torch.eye(n).double())])
     right = torch.cat([M_B.reshape(-1), M_A.reshape(-1)])
     expected = (torch.linalg.pinv(system) @ right).reshape(m, n)
-    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(moments.first_from_factors(M_B, M_A, B, A), expected, rtol=1e-4, atol=1e-4)
+
+
+@settings(deadline=None, max_examples=20)
+@given(r=st.integers(1, 5), **sizes)
+def test_contradicting_moments_are_averaged_where_both_speak(m: int, n: int, r: int, seed: int) -> None:
+    r = min(r, m, n)
+    B, A = random(m, r, seed=seed), random(r, n, seed=seed + 1)
+    first, second = random(m, n, seed=seed + 2), random(m, n, seed=seed + 3)
+    got = moments.first_from_factors(first @ A.T, B.T @ second, B, A)
+    P_B, P_A = B @ torch.linalg.pinv(B), torch.linalg.pinv(A) @ A
+    outside_B, outside_A = torch.eye(m).double() - P_B, torch.eye(n).double() - P_A
+    expected = outside_B @ first @ P_A + P_B @ second @ outside_A + P_B @ (first + second) @ P_A / 2
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 @settings(deadline=None, max_examples=20)
