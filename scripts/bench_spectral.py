@@ -4,7 +4,7 @@
     python scripts/bench_spectral.py --num 8 --size 256 --device cpu
 
 Needs torch only. A row that fails shows its error and the rest go on. Times are for all `--num` matrices unless the row
-says otherwise. `check` is against float64 or exact results of the same run: `S` error of singular values over s_1, `rms`
+says otherwise. `check` is against float64 or exact results of the same run: `S` error of the values over s_1, `rms`
 and `angle` of the tracked against the exact top-k subspace (the largest angle, over the matrices with a relative gap
 above 1e-3 at k), `share` the largest error of a share.
 """
