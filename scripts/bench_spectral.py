@@ -3,11 +3,10 @@
     python scripts/bench_spectral.py --num 80 --size 1280 --device cuda --out bench.json
     python scripts/bench_spectral.py --num 8 --size 256 --device cpu
 
-Needs torch only. Every row stands alone: one that fails shows its error and the rest go on. Times are for all `--num`
-matrices unless the row says otherwise. `check` is measured against float64 or exact results in the same run:
-`S` relative error of singular values over s_1, `rms` root mean square of the sines between the tracked and the exact
-top-k subspace, `angle` the largest angle over the matrices with a relative gap above 1e-3 at k, `share` the largest
-error of a share.
+Needs torch only. A row that fails shows its error and the rest go on. Times are for all `--num` matrices unless the row
+says otherwise. `check` is against float64 or exact results of the same run: `S` error of the values over s_1, `rms`
+and `angle` of the tracked against the exact top-k subspace (the largest angle, over the matrices with a relative gap
+above 1e-3 at k), `share` the largest error of a share.
 """
 
 from __future__ import annotations
@@ -60,8 +59,8 @@ class Bench:
         self.weights = [trained_matrix(self.size, self.size, seed, self.device) for seed in range(self.num)]
         self.after = [drifted(W, seed) for seed, W in enumerate(self.weights)]
         self.gradients = [random_matrix(W.shape, 7_000 + seed, self.device) for seed, W in enumerate(self.weights)]
-        self.old: list[Decomposition] = []
-        self.new: list[Decomposition] = []
+        self.old: list[Decomposition]
+        self.new: list[Decomposition]
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -86,7 +85,7 @@ class Bench:
             ms, check, note = measure()
             result = Result(section, variant, k, ms, check, note)
         except Exception as error:
-            result = Result(section, variant, k, note=f"FAILED {type(error).__name__}: {str(error).splitlines()[0]}")
+            result = Result(section, variant, k, note=f"FAILED {error!r}"[:160])
         self.results.append(result)
         print(format_row(result), flush=True)
 
@@ -95,8 +94,7 @@ class Bench:
 
 
 def random_matrix(shape: tuple[int, ...] | torch.Size, seed: int, device: torch.device) -> Tensor:
-    generator = torch.Generator(device).manual_seed(seed)
-    return torch.randn(*shape, generator=generator, device=device)
+    return torch.randn(*shape, generator=torch.Generator(device).manual_seed(seed), device=device)
 
 
 def trained_matrix(m: int, n: int, seed: int, device: torch.device) -> Tensor:
@@ -118,7 +116,7 @@ def drifted(W: Tensor, seed: int, size: float = 0.01) -> Tensor:
 
 
 def spectrum_error(S: Tensor, W: Tensor) -> float:
-    truth = torch.linalg.svdvals(W.double().cpu() if W.device.type == "mps" else W.double())
+    truth = torch.linalg.svdvals(W.double())
     return float((S.double() - truth).abs().max() / truth[0])
 
 
@@ -180,8 +178,9 @@ def bench_warm(bench: Bench) -> None:
     for k in bench.ks:
         width = min(k + OVERSAMPLE, bench.size)
         old = stacked(bench.old, width)
-        moved = subspace_check(old.U, old.S, bench.new, k)
-        bench.row("warm step", "old basis (no work)", lambda moved=moved: (0.0, moved, ""), k)
+        bench.row(
+            "warm step", "old basis", lambda old=old, k=k: (0.0, subspace_check(old.U, old.S, bench.new, k), ""), k
+        )
         variants: list[tuple[RitzWay, int]] = [*((way, 1) for way in RITZ_WAYS), ("hybrid", 2), ("refine", 2)]
         for way, iterations in variants:
 
@@ -333,8 +332,8 @@ def bench_engine(bench: Bench, section: str, weights: dict[str, Tensor], k: int)
         exact = sum(values["exact"] for values in slow)
         ms = total / steps
         tracker.analyse(steps + 1, current, names[:1])
-        truth = decompose_many([current[names[0]]])[0]
-        angle = metrics.compute_subspace_angle(tracker.basis(names[0]).U, truth.U, k)
+        truth = decompose_many([current[names[0]]])[0].U
+        angle = metrics.compute_subspace_angle(tracker.basis(names[0]).U, truth, k)
         counts = f"{len(slow) - exact:.0f} warm {exact:.0f} exact"
         note = f"host {sum(hosts) / steps:.1f} ms, {100 * ms / STEP_MS:.2f} % of d20; {counts}"
         return ms, f"angle {angle:.4f}", note
@@ -343,8 +342,7 @@ def bench_engine(bench: Bench, section: str, weights: dict[str, Tensor], k: int)
 
 
 def bench_engines(bench: Bench) -> None:
-    n, device = bench.size, bench.device
-    count = max(1, bench.num // 4)
+    n, device, count = bench.size, bench.device, max(1, bench.num // 4)
     attention = {f"attn{i}": W for i, W in enumerate(bench.weights)}
     mlp = {f"fc{i}": trained_matrix(4 * n, n, i, device) for i in range(count)}
     mlp |= {f"proj{i}": trained_matrix(n, 4 * n, 50 + i, device) for i in range(count)}
@@ -354,7 +352,7 @@ def bench_engines(bench: Bench) -> None:
     bench_engine(bench, "engine / step, MLP", mlp, k)
     bench_engine(bench, "engine / step, all", attention | mlp, k)
     for name in ("fc0", "proj0"):
-        bench.row("exact", f"MLP {name}, one matrix", lambda name=name: exact_one(bench, mlp[name]))
+        bench.row("exact", f"MLP {name}, one", lambda name=name: exact_one(bench, mlp[name]))
 
 
 # --- output -----------------------------------------------------------------------------------------------------------
@@ -380,8 +378,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 @torch.no_grad()
 def main() -> None:
     arguments = parse()
-    started = time.perf_counter()
-    name = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else f"{torch.get_num_threads()} threads"
+    started, threads = time.perf_counter(), f"{torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else threads
     print(f"torch {torch.__version__}, {arguments.device} ({name}), {arguments.num} x {arguments.size}^2, float32")
     print(f"{'section':26s} {'variant':28s} {'k':>4s} {'ms':>10s}  {'check':42s} note")
     bench = Bench(arguments)
@@ -389,14 +387,13 @@ def main() -> None:
         try:
             section(bench)
         except Exception as error:
-            print(f"{section.__name__} stopped: {type(error).__name__}: {error}", flush=True)
-            bench.results.append(Result(section.__name__, "stopped", note=str(error)))
-    seconds = time.perf_counter() - started
-    print(f"{seconds:.0f} s in all")
+            bench.results.append(Result(section.__name__, "stopped", note=f"{type(error).__name__}: {error}"))
+            print(format_row(bench.results[-1]), flush=True)
+    print(f"{(seconds := time.perf_counter() - started):.0f} s in all")
     if arguments.out:
-        shape = {"num": arguments.num, "size": arguments.size, "device": name, "torch": torch.__version__}
-        rows = [asdict(result) for result in bench.results]
-        arguments.out.write_text(json.dumps({**shape, "seconds": seconds, "rows": rows}, indent=1))
+        about = {"num": arguments.num, "size": arguments.size, "device": name, "torch": torch.__version__}
+        rows = {"seconds": seconds, "rows": [asdict(result) for result in bench.results]}
+        arguments.out.write_text(json.dumps(about | rows, indent=1))
 
 
 if __name__ == "__main__":

@@ -57,11 +57,10 @@ def fast_statistics(
     change of the principal energy, negative when X erases. `participation` [b] is passed through. Without
     `right_side`, one of the two large products is saved and `right` is NaN.
     """
-    X, unit = _in_range(X, dtype)
+    X, unit, total = _in_range(X, dtype)
     U, V = (U * mask.unsqueeze(-2)).to(dtype), (V * mask.unsqueeze(-2)).to(dtype)
     left = U.mT @ X
     D = left @ V
-    total = squared_norm(X)
     pp, left_share = (safe_ratio(squared_norm(part), total) for part in (D, left))
     right_share = safe_ratio(squared_norm(X @ V), total) if right_side else torch.full_like(total, math.nan)
     S = S * mask
@@ -73,8 +72,8 @@ def fast_statistics(
     return torch.stack([column.float() for column in columns], dim=-1)
 
 
-def _in_range(X: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """X [b, m, n] in a unit in which its squares stay inside float32, and that unit [b].
+def _in_range(X: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """X [b, m, n] in a unit in which its squares stay inside float32, that unit [b], and ||X||_F^2 in it [b].
 
     A GPU always takes the largest entry, for it cannot branch; the CPU looks, and rescales only when it must.
     """
@@ -82,9 +81,10 @@ def _in_range(X: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if not X.is_cuda:
         total = squared_norm(X)
         if bool(((total == 0) | ((total > 1e-20) & (total < 1e30))).all()):
-            return X.to(dtype), torch.ones_like(total)
+            return X.to(dtype), torch.ones_like(total), total
     largest = _largest(X)
-    return (X / largest[:, None, None]).to(dtype), largest
+    X = (X / largest[:, None, None]).to(dtype)
+    return X, largest, squared_norm(X)
 
 
 def _largest(X: Tensor) -> Tensor:
@@ -184,7 +184,9 @@ def slow_statistics(
         "intruders": intruders, "edge_rank": edge, "threshold_rank": threshold,
     }  # fmt: skip
     rows = W.shape[0]
-    return torch.stack([torch.as_tensor(columns[c], device=W.device).float().expand(rows) for c in SLOW_COLUMNS], -1)
+    # new_full, not a tensor made on the host: that one would have to be waited for.
+    tensors = [c if isinstance(c, Tensor) else W.new_full((rows,), c) for c in (columns[name] for name in SLOW_COLUMNS)]
+    return torch.stack([column.float() for column in tensors], dim=-1)
 
 
 def _gap_at(spectrum: Tensor, cut: Tensor) -> Tensor:

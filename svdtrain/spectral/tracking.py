@@ -11,8 +11,9 @@ decomposition when the residual, the age or a request asks for it. On CUDA it ru
 stream from a snapshot of the weights, and is adopted at the start of the next call that touches the bases, so what is
 computed never depends on timing. With a process group each matrix has one owner; the rest receive its basis.
 
-Memory per matrix beside the weights: one copy (the reference of the update) and (m + n + 1) x width + g numbers; while
-an analysis is under way a snapshot of the matrices it is about (weights, references, bases).
+Memory per matrix beside the weights: one copy (the reference of the update) and (m + n + 1) x width + g numbers; on
+the CPU a scratch copy for at most `chunk` of them; while an analysis is under way a snapshot of its matrices (weights,
+references, bases).
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from svdtrain.spectral.transfer import HostQueue, Report
 
 log = logging.getLogger(__name__)
 
-_PARTICIPATION_EVERY_ON_CPU = 16
+_PARTICIPATION_EVERY_ON_CPU = 32
 _STAGGER_ON_CPU = 4
 _UPDATE, _GRADIENT = "update/", "gradient/"
 _RESIDUAL = SLOW_COLUMNS.index("residual")
@@ -76,7 +77,7 @@ class TrackerSettings:
     chunk: int = 40
     """Matrices stacked at once: bounds temporary memory."""
     participation_every: int | None = None
-    """The participation ratio of a matrix is renewed every so many steps; None: every step on a GPU, 16 on the CPU."""
+    """The participation ratio of a matrix is renewed every so many steps; None: every step on a GPU, 32 on the CPU."""
     gradient_right_side: bool | None = None
     """Also the gradient's share on the right (input) side; None: on a GPU. The update's is always there."""
     stagger: int | None = None
@@ -118,6 +119,7 @@ class SubspaceTracker:
         self._gradient_right_side = on_gpu if right_side is None else right_side
         self._stagger = self.settings.stagger or (self.settings.interval if on_gpu else _STAGGER_ON_CPU)
         self._queue = HostQueue()
+        self._scratch: dict[tuple, Tensor] = {}
         self._pending: tuple[Job, Future[dict[str, RowResult]]] | None = None
         self._pool = ThreadPoolExecutor(1, "svd-analysis") if on_gpu else None
         self._stream = torch.cuda.Stream(device) if on_gpu else None
@@ -235,8 +237,8 @@ class SubspaceTracker:
         row.age, row.analysed_at, row.exact_next = 0, step, False
 
     def memory_bytes(self) -> dict[str, int]:
-        """Bytes held per kind: bases, spectra, references."""
-        return self._store.nbytes()
+        """Bytes held per kind: bases, spectra, references, scratch (on the CPU)."""
+        return self._store.nbytes() | {"scratch": sum(buffer.nbytes for buffer in self._scratch.values())}
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values only: safe for torch.load(weights_only=True), exact when loaded.
@@ -265,16 +267,24 @@ class SubspaceTracker:
     ) -> Tensor:
         """[rows, columns of the update (+ columns of the gradient)]."""
         rows = slice(start, start + len(names))
+        dW = self._gather(names, weights if updates is None else updates)
         if updates is None:
-            dW = torch.stack([weights[name].detach() for name in names]) - bucket.reference[rows]
-        else:
-            dW = torch.stack([updates[name].detach() for name in names])
+            dW -= bucket.reference[rows]
         tables = [self._statistics(step, bucket, rows, 1, dW)]
-        del dW
         if gradients is not None:
-            G = torch.stack([gradients[name].detach() for name in names])
-            tables.append(self._statistics(step, bucket, rows, 0, G))
+            tables.append(self._statistics(step, bucket, rows, 0, self._gather(names, gradients)))
         return torch.cat(tables, dim=-1)
+
+    def _gather(self, names: list[str], tensors: Mapping[str, Tensor]) -> Tensor:
+        """One stack of named tensors, valid until the next call: on the CPU in a buffer that is kept, because fresh
+        megabytes cost more in page faults than the copy itself."""
+        stack = [tensors[name].detach() for name in names]
+        if self._pool is not None:
+            return torch.stack(stack)
+        key = (len(stack), *stack[0].shape, stack[0].dtype)
+        if key not in self._scratch:
+            self._scratch[key] = stack[0].new_empty(len(stack), *stack[0].shape)
+        return torch.stack(stack, out=self._scratch[key])
 
     def _statistics(self, step: int, bucket: Bucket, rows: slice, which: int, X: Tensor) -> Tensor:
         participation = self._participation(step, bucket, rows, which, X)

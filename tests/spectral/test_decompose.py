@@ -2,6 +2,8 @@ import logging
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import svdtrain.spectral.decompose as module
 from svdtrain.spectral.decompose import DecompositionFailed, decompose, decompose_many
@@ -33,6 +35,26 @@ def test_accuracy_contract(name: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(basis.double().mT @ basis.double(), eye, atol=8 * eps, rtol=0)
     rebuilt = (got.U.double() * got.S.double()) @ got.V.double().mT
     torch.testing.assert_close(rebuilt / scale, W.double() / scale, atol=4 * eps, rtol=0)
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    m=st.integers(1, 24),
+    n=st.integers(1, 24),
+    rank=st.integers(0, 24),
+    exponent=st.integers(-30, 30),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_shape_rank_and_scale(seed: int, m: int, n: int, rank: int, exponent: int) -> None:
+    W = (gaussian(m, rank, seed=seed) @ gaussian(rank, n, seed=seed + 1) * 10.0**exponent).float()
+    got = decompose(W)
+    truth = torch.linalg.svdvals(W.double())
+    scale = max(float(truth[0]), torch.finfo(torch.float64).tiny)
+    torch.testing.assert_close(got.S.double() / scale, truth / scale, atol=1.3e-7, rtol=0)
+    torch.testing.assert_close(got.rebuild().double() / scale, W.double() / scale, atol=3e-6, rtol=0)
+    eye = torch.eye(min(m, n))
+    torch.testing.assert_close(got.U.mT @ got.U, eye, atol=3e-6, rtol=0)
+    torch.testing.assert_close(got.V.mT @ got.V, eye, atol=3e-6, rtol=0)
 
 
 def test_subspaces_agree_with_lapack_where_there_is_a_gap() -> None:

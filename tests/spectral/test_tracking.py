@@ -1,6 +1,7 @@
 import io
 import logging
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -297,6 +298,24 @@ def test_resume_is_exact_and_its_state_is_safe_to_load() -> None:
         for field in ("U", "S", "V"):
             a, b = getattr(straight.basis(name), field), getattr(resumed.basis(name), field)
             assert torch.equal(a, b)
+
+
+def test_the_background_thread_changes_no_number() -> None:
+    """The way of a GPU, on the CPU: submitted, adopted at the next call."""
+    inline, background = tracker_for(make_weights(), interval=4), tracker_for(make_weights(), interval=4)
+    with ThreadPoolExecutor(1) as pool:
+        background._pool = pool
+        for tracker in (inline, background):
+            run(tracker, make_weights(), range(12))
+        state = background.state_dict()["rows"]
+        for name, row in inline.state_dict()["rows"].items():
+            for field, value in row.items():
+                torch.testing.assert_close(state[name][field], value, rtol=0, atol=0)
+        one, two = inline.flush(), background.flush()
+    key = [(r.kind, r.step) for r in one]
+    assert sorted(key) == sorted((r.kind, r.step) for r in two)
+    values = {(r.kind, r.step): r.values for r in two}
+    assert all(values[r.kind, r.step] == r.values for r in one)
 
 
 def test_state_of_another_model_is_refused_and_changes_nothing() -> None:
