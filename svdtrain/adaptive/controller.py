@@ -92,10 +92,7 @@ class AdaptiveSVD:
     def _apply_step(self) -> None:
         self._adapter.after_step()
         for factors in self._factors():
-            if factors.B.grad is None:  # no gradient reached this matrix: no step was taken
-                factors.merge()
-                continue
-            if self.config.svd_match_rms:
+            if self.config.svd_match_rms and factors.B.grad is not None:
                 factors.match_update(partial(self._adapter.full_update_norm, factors))
             factors.merge()
         for guard in self._guards():
@@ -187,6 +184,7 @@ class AdaptiveSVD:
         """Tensors and primitives only, fit for `torch.load(weights_only=True)`."""
         return {
             "version": _STATE_VERSION,
+            "protect": self.config.svd_protect,
             "targets": {name: t.state_dict() for name, t in self.targets.items()},
             "adapter": self._adapter.state_dict(),
             "references": dict(self._transitions.references),
@@ -317,6 +315,11 @@ class AdaptiveSVD:
     def _check_state(self, state: Mapping[str, Any]) -> None:
         if state.get("version") != _STATE_VERSION:
             raise ValueError(f"SVD state has version {state.get('version')}, this program reads {_STATE_VERSION}")
+        if state["protect"] != self.config.svd_protect:
+            raise ValueError(
+                f"SVD state was saved with svd_protect={state['protect']}, here it is {self.config.svd_protect}; "
+                "resume with the same setting"
+            )
         saved = {name: tuple(values["shape"]) for name, values in state["targets"].items()}
         own = {name: tuple(target.W.shape) for name, target in self.targets.items()}
         if saved != own:

@@ -254,6 +254,9 @@ def test_state_of_another_model_is_refused() -> None:
     other = AdaptiveSVD(deeper, OPTIMIZERS["adamw"](deeper), SVDConfig())
     with pytest.raises(ValueError, match=r"3 matrices differ, e\.g\. h\.2\.attn\.c_proj: saved None, here \(20, 20\)"):
         other.load_state_dict(svd.state_dict())
+    guarded = AdaptiveSVD(other_model := make_toy(), OPTIMIZERS["adamw"](other_model), SVDConfig(svd_protect="core"))
+    with pytest.raises(ValueError, match="saved with svd_protect=minor, here it is core"):
+        guarded.load_state_dict(svd.state_dict())
     with pytest.raises(ValueError, match="version"):
         other.load_state_dict({**other.state_dict(), "version": 99})
 
