@@ -48,7 +48,7 @@ class BlockedAttention(torch.autograd.Function):
         for P, (rows, columns) in zip(probabilities, blocks(q.size(1), ctx.window), strict=True):
             dv[:, columns].baddbmm_(P.mT, dy[:, rows])
             dP = torch.bmm(dy[:, rows], v[:, columns].mT)
-            dS = torch._softmax_backward_data(dP, P, -1, P.dtype)
+            dS = torch.ops.aten._softmax_backward_data(dP, P, -1, P.dtype)
             torch.baddbmm(dq[:, rows], dS, k[:, columns], beta=0, alpha=ctx.scale, out=dq[:, rows])
             dk[:, columns].baddbmm_(dS.mT, q[:, rows], alpha=ctx.scale)
         return dq, dk, dv, None, None

@@ -103,7 +103,7 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int, mixer_factory: MixerFactory) -> None:
         super().__init__()
-        self.attn = mixer_factory(config, layer)
+        self.attn: nn.Module = mixer_factory(config, layer)
         self.mlp = MLP(config.n_embd)
 
     def forward(
@@ -187,9 +187,9 @@ class GPT(nn.Module):
                 block.attn.backend = backend
 
     @property
-    def blocks(self) -> nn.ModuleList:
+    def blocks(self) -> list[Block]:
         """The transformer blocks, first to last."""
-        return self.transformer["h"]  # type: ignore[return-value]
+        return list(self.transformer["h"])  # type: ignore[arg-type]
 
     def get_device(self) -> torch.device:
         """Device of the weights."""
@@ -207,7 +207,7 @@ class GPT(nn.Module):
             "wte": _numel(self.transformer["wte"]),
             "value_embeds": _numel(self.value_embeds) if self.config.variant == "2026" else 0,
             "lm_head": _numel(self.lm_head),
-            "transformer_matrices": _numel(self.blocks),
+            "transformer_matrices": _numel(self.transformer["h"]),
         }
         return {**counts, "scalars": total - sum(counts.values()), "total": total}
 

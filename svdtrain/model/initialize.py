@@ -21,7 +21,7 @@ def init_2026(model: GPT, generator: Generator) -> None:
     """nanochat 92d63d4: uniform matrices of standard deviation width^-1/2, zero output projections, small head."""
     config = model.config
     bound = (3 / config.n_embd) ** 0.5  # uniform on +-bound has standard deviation width^-1/2
-    _normal(model.transformer["wte"].weight, 0.8, generator)
+    _normal(model.get_parameter("transformer.wte.weight"), 0.8, generator)
     _normal(model.lm_head.weight, 0.001, generator)
     for block in model.blocks:
         _init_block_2026(block, bound, generator)
@@ -31,11 +31,12 @@ def init_2026(model: GPT, generator: Generator) -> None:
     model.smear_lambda.zero_()
     model.backout_lambda.fill_(0.2)
     _uniform(model.smear_gate.weight, 0.0, 0.02, generator)
-    for embedding in model.value_embeds.values():
-        _uniform(embedding.weight, -bound, bound, generator)
+    for table in model.value_embeds.parameters():
+        _uniform(table, -bound, bound, generator)
     for block in model.blocks:
-        if getattr(block.attn, "ve_gate", None) is not None:
-            _uniform(block.attn.ve_gate.weight, 0.0, 0.02, generator)
+        gate = getattr(block.attn, "ve_gate", None)
+        if gate is not None:
+            _uniform(gate.weight, 0.0, 0.02, generator)
 
 
 def _init_block_2026(block: Block, bound: float, generator: Generator) -> None:
@@ -55,7 +56,7 @@ def init_2025(model: GPT, generator: Generator) -> None:
 
     The scale is that of arXiv:2310.17813.
     """
-    _normal(model.transformer["wte"].weight, 1.0, generator)
+    _normal(model.get_parameter("transformer.wte.weight"), 1.0, generator)
     model.lm_head.weight.zero_()
     for block in model.blocks:
         if not isinstance(block.attn, CausalSelfAttention):

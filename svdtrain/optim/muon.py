@@ -4,6 +4,9 @@ One update is: Nesterov momentum, row equilibration, polar factor, renormalisati
 where it agrees with the update.
 """
 
+# pyright: reportPrivateImportUsage=false
+# (the torch._foreach functions are private by name only: torch's own optimizers are built on them)
+
 from __future__ import annotations
 
 import torch

@@ -4,6 +4,9 @@ State per parameter (not per stack) lets a parameter leave its group, or factors
 without touching the state of the others. Equal shapes are stacked for the length of a step only.
 """
 
+# pyright: reportPrivateImportUsage=false
+# (the torch._foreach functions are private by name only: torch's own optimizers are built on them)
+
 from __future__ import annotations
 
 from collections import defaultdict
@@ -31,6 +34,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     muon groups: lr, momentum, ns_steps, beta2, weight_decay; state momentum_buffer [m, n] and second_momentum_buffer
     [m, 1] or [1, n]. adamw groups: lr, betas, eps, weight_decay; state exp_avg, exp_avg_sq and step (0-d, on the CPU).
+    State that is missing starts at zero, entry by entry, so that a new parameter may bring only some of it.
     Moments of bf16 and fp16 parameters are fp32. Nothing in a step waits for the GPU.
     Raises ValueError for a group without a kind or lr, or a muon parameter that is not 2-D.
     """
@@ -82,8 +86,9 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def _muon_state(self, p: Tensor) -> dict[str, Tensor]:
         state = self.state[p]
-        if not state:
+        if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(p)
+        if "second_momentum_buffer" not in state:
             state["second_momentum_buffer"] = p.new_zeros(second_momentum_shape(p.shape))
         return state
 
@@ -113,10 +118,11 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def _adamw_state(self, p: Tensor) -> dict[str, Tensor]:
         state = self.state[p]
-        if not state:
+        if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32)
-            state["exp_avg"] = torch.zeros_like(_precise(p))
-            state["exp_avg_sq"] = torch.zeros_like(_precise(p))
+        for name in ("exp_avg", "exp_avg_sq"):
+            if name not in state:
+                state[name] = torch.zeros_like(_precise(p))
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

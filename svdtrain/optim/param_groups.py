@@ -41,7 +41,7 @@ def build_param_groups(
     for name, parameter in model.named_parameters():
         role = _role(name, parameter)
         (matrices if role == "matrix" else roles[role]).append(parameter)
-    width = model.get_submodule("lm_head").weight.shape[1]  # type: ignore[union-attr]
+    width = model.get_parameter("lm_head.weight").shape[1]
     rates = _adamw_rates(optim_config, lr_scale, (width / REFERENCE_WIDTH) ** -0.5)
     groups = [_adamw_group(role, params, rates[role]) for role, params in roles.items() if params]
     decay = optim_config.weight_decay if weight_decay is None else weight_decay

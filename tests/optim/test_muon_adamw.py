@@ -157,6 +157,20 @@ def test_a_parameter_leaves_and_factors_join_without_touching_the_others() -> No
     assert optimizer.state[A]["second_momentum_buffer"].shape == (1, 8)
 
 
+def test_a_parameter_may_bring_part_of_its_state() -> None:
+    matrix, vector = parameters((4, 3), (3,))
+    optimizer = MuonAdamW(groups([matrix], [vector]))
+    optimizer.state[matrix]["momentum_buffer"] = torch.ones_like(matrix)
+    optimizer.state[vector]["exp_avg"] = torch.ones_like(vector)
+    give_gradients([matrix, vector], 0)
+    assert matrix.grad is not None
+    assert vector.grad is not None
+    optimizer.step()
+    torch.testing.assert_close(optimizer.state[matrix]["momentum_buffer"], 0.9 + 0.1 * matrix.grad)
+    torch.testing.assert_close(optimizer.state[vector]["exp_avg"], 0.8 + 0.2 * vector.grad)
+    assert set(optimizer.state[vector]) == {"step", "exp_avg", "exp_avg_sq"}
+
+
 def test_without_gradient_nothing_happens() -> None:
     params = parameters((4, 4), (4, 4), (3,), (3,))
     start = [p.detach().clone() for p in params]
