@@ -87,7 +87,7 @@ def build_trainer(config: RunConfig, run_path: Path, console: Console, *, extra_
         tokenizer=data.tokenizer,
         num_iterations=config.train.num_iterations,
     )
-    _describe(state, data, console)
+    _describe(state, model, data, console)
     return Trainer(
         state,
         [*build_hooks(config, model, device, world, console), *extra_hooks],
@@ -201,15 +201,15 @@ def _peak_flops(device: torch.device) -> float:
     return next((peak for key, peak in PEAK_BF16_FLOPS.items() if key in name), 0.0)
 
 
-def _describe(state: TrainState, data: PreparedData, console: Console) -> None:
+def _describe(state: TrainState, model: GPT, data: PreparedData, console: Console) -> None:
     """Say what was derived from the one dial."""
     if not state.world.is_main:
         return
-    config, counts = state.config, state.model.parameter_counts()
+    config, counts = state.config, model.parameter_counts()
     tokens = state.num_iterations * config.train.total_batch_size
     where = torch.cuda.get_device_name(state.device) if state.device.type == "cuda" else platform.processor() or "cpu"
     lines = [
-        f"model: depth {config.model.depth}, width {64 * config.model.depth}, {counts['total']:,} parameters, "
+        f"model: depth {config.model.depth}, width {model.config.n_embd}, {counts['total']:,} parameters, "
         f"vocabulary {data.tokenizer.vocab_size:,}, {config.model.variant} variant",
         f"data: {config.data.data}, {data.train.num_tokens:,} training tokens, {data.val.num_tokens:,} for validation",
         f"training: {state.num_iterations:,} steps of {config.train.total_batch_size:,} tokens = {tokens:,} tokens, "

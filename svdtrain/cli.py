@@ -94,7 +94,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     RunConfig.from_dict(settings)  # names an unknown setting
     flags_class = _flags_class(hide_advanced="--help" in argv or "-h" in argv)
     groups = {f.name: f.type for f in dataclasses.fields(flags_class)}
-    default = flags_class(**{name: group(**settings.get(name, {})) for name, group in groups.items()})
+    default = flags_class(**{name: group(**settings.get(name, {})) for name, group in groups.items()})  # type: ignore[operator]
     flags = _parse_flags(flags_class, argv, default)
     return Arguments(run=flags.run, config=RunConfig(**{name: getattr(flags, name) for name in GROUPS}))
 

@@ -13,35 +13,17 @@ import hashlib
 import os
 import platform
 import sysconfig
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
+from svdtrain.data.base import Corpus, Split
 from svdtrain.data.errors import DataError
+from svdtrain.data.hub import HubCorpus
+from svdtrain.data.local import open_local
 
-Split = Literal["train", "val"]
 STDLIB_VALIDATION_SHARE = 0.05
 NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__"}
-
-
-class Corpus(ABC):
-    """Documents in a fixed order, split once and for all into training and validation."""
-
-    name: str
-
-    @abstractmethod
-    def fingerprint(self) -> str:
-        """Hash of everything that decides the documents; never of times or absolute paths. Keys the cache."""
-
-    @abstractmethod
-    def documents(self, split: Split) -> Iterator[str]:
-        """The documents of a split, always in the same order, none of them empty. Raises DataError."""
-
-    def unfiltered(self) -> Corpus:
-        """The corpus without its source filter: the tokenizer is trained on this, so that all sources share one."""
-        return self
 
 
 def open_corpus(spec: str) -> Corpus:
@@ -50,9 +32,6 @@ def open_corpus(spec: str) -> Corpus:
     Raises:
         DataError: the path is missing or holds nothing readable, or the source does not exist.
     """
-    from svdtrain.data.hub import HubCorpus
-    from svdtrain.data.local import open_local
-
     base, source = _split_source(spec)
     if base == "stdlib":
         if source is not None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
-from svdtrain.data.corpus import Corpus, Split
+from svdtrain.data.base import Corpus, Split
 from svdtrain.data.errors import DataError, first_line
 
 VALIDATION_DOCUMENTS = 2000  # about 2 million tokens of FineWeb-Edu

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
-from svdtrain.data.corpus import Corpus, Split
+from svdtrain.data.base import Corpus, Split
 from svdtrain.data.errors import DataError
 from svdtrain.data.readers import READERS, list_sources
 

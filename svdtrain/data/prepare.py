@@ -24,7 +24,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from svdtrain.data.corpus import Corpus, Split, open_corpus
+from svdtrain.data.base import Corpus, Split
+from svdtrain.data.corpus import open_corpus
 from svdtrain.data.errors import DataError
 from svdtrain.data.files import exclusive, write_atomic
 from svdtrain.data.token_files import TokenFiles, TokenWriter

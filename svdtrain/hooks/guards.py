@@ -29,7 +29,7 @@ class NonFiniteGuard(Hook):
         assert state.loss is not None
         loss = state.loss.double()
         gradients = [p.grad for p in state.trainable_parameters().values() if p.grad is not None]
-        norm = torch.stack(torch._foreach_norm(gradients)).double().norm()
+        norm = torch.nn.utils.get_total_norm(gradients).double()
         loss_value, norm_value = torch.stack([loss, norm.to(loss.device)]).tolist()
         state.metrics["train/loss"], state.metrics["train/grad_norm"] = loss_value, norm_value
         problem = _not_finite(loss_value, "loss") or _not_finite(norm_value, "gradient norm")

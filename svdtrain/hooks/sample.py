@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from svdtrain.model.generate import generate
+from svdtrain.model import GPT, generate
 from svdtrain.trainer.hooks import Hook, Priority
 from svdtrain.trainer.state import TrainState
 
@@ -47,6 +47,7 @@ class SampleText(Hook):
     @torch.no_grad()
     def _continue(self, state: TrainState, prompt: str) -> str:
         ids = [state.tokenizer.bos_id, *state.tokenizer.encode(prompt)]
+        assert isinstance(state.model, GPT), "samples need our own GPT"
         new = []
         for token in generate(
             state.model,

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from svdtrain.model.attention_backends import attend, attend_cached
+from svdtrain.model.gpt_config import GPTConfig
 from svdtrain.model.kv_cache import KVCache
 from svdtrain.model.layers import Linear, apply_rotary, rms_norm
 
-if TYPE_CHECKING:
-    from svdtrain.model.gpt import GPTConfig
-
-MixerFactory = Callable[["GPTConfig", int], nn.Module]
+MixerFactory = Callable[[GPTConfig, int], nn.Module]
 """(config, layer index) -> module with nanochat's attention signature:
 
     forward(x[B, T, D], ve[B, T, kv_dim] | None, cos_sin, window_size, kv_cache | None) -> y[B, T, D]

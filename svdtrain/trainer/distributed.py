@@ -61,7 +61,8 @@ def average_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
         dist.all_reduce(flat)
         flat /= world.size
         pieces = flat.split([g.numel() for g in same])
-        torch._foreach_copy_(same, [piece.view_as(g) for piece, g in zip(pieces, same, strict=True)])
+        for gradient, piece in zip(same, pieces, strict=True):
+            gradient.copy_(piece.view_as(gradient))
 
 
 def agree_any(flags: Sequence[bool], world: World) -> list[bool]:
