@@ -16,13 +16,14 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS, FIGURES, PAGE = ROOT / "docs" / "results", ROOT / "docs" / "figures", ROOT / "docs" / "RESULTS.md"
 
 Row = dict[str, Any]
+NUM_MATRICES = 16  # attention matrices at depth 4
 
 INTRODUCTION = """# Results
 
 Made by `python scripts/experiments/publish.py` from the rows in docs/results; the command that made the rows stands
-under each table. bpb: validation bits per byte. A spread is the standard deviation over seeds. Both arms of a seed start
-from the same weights and see the same batches. Text: technical English documents (parquet shards), the last shard is
-validation.
+under each table. bpb: validation bits per byte. A spread is the standard deviation over seeds. All arms of a seed
+start from the same weights and see the same batches. Text: technical English documents (parquet shards), the last shard
+is validation.
 """
 
 
@@ -75,11 +76,12 @@ def phase2(rows: list[Row], command: str) -> str:
     lines = [
         "## Phase 2: all attention",
         "",
-        f"Depth 4, all 16 attention matrices, 2,000 steps of 512 tokens, {len(full)} seeds, against full training. Time",
-        "is that of several small runs sharing one machine, with exact decompositions.",
+        f"Depth 4, all 16 attention matrices, 2,000 steps of 512 tokens, {len(full)} seeds, against full training.",
+        "Low-rank share: of all matrices and steps, how many were in low-rank mode. Time is that of several small runs",
+        "sharing one machine.",
         "",
-        "| arm | final bpb | against full, same seed | switches | first switch | lowest r of 256 | training time |",
-        "|---|---|---|---|---|---|---|",
+        "| arm | final bpb | against full, same seed | switches | first switch | low-rank share | lowest r of 256 | time |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     full_seconds = statistics.mean(row["train_s"] for row in arms["full"])
     lines += [_phase2_line(name, group, full, full_seconds) for name, group in arms.items()]
@@ -98,9 +100,22 @@ def _phase2_line(name: str, group: list[Row], full: dict[int, float], full_secon
     ranks = [change["r_new"] for row in group for change in row["switches"]]
     return (
         f"| {name} | {_mean(final):.4f} ± {_spread(final):.4f} | {against} | "
-        f"{', '.join(str(len(s)) for s in switches)} | {first} | {min(ranks) if ranks else '-'} | "
+        f"{', '.join(str(len(s)) for s in switches)} | {first} | {_mean([_lowrank_share(row) for row in group]):.0%} | "
+        f"{min(ranks) if ranks else '-'} | "
         f"x {statistics.mean(row['train_s'] for row in group) / full_seconds:.2f} |"
     )
+
+
+def _lowrank_share(row: Row) -> float:
+    """Share of matrix-steps in low-rank mode, from the switches."""
+    end, since, total = row["bpb"][-1][0], {}, 0
+    for change in _switches(row):
+        if change["change"] == "to_lowrank":
+            since[change["layer"]] = change["step"]
+        else:
+            total += change["step"] - since.pop(change["layer"])
+    total += sum(end - step for step in since.values())
+    return total / (NUM_MATRICES * end)
 
 
 def _clobbering(arms: dict[str, list[Row]]) -> str:
@@ -119,8 +134,8 @@ def _clobbering(arms: dict[str, list[Row]]) -> str:
         f"Clobbering events that switched a matrix under the calibrated rule: {len(events)} in "
         f"{len(arms['calibrated-rule'])} runs. The strongest: {change['layer']} at step {change['step']} (seed "
         f"{row['seed']}): the principal subspace turned {rotation:.1f} times what the size of the update explains, the "
-        f"update lay {numbers['update_lift']:.2f} times chance in the principal directions (z {numbers['update_z']:.1f}); "
-        f"switched to r = {change['r_new']}."
+        f"update lay {numbers['update_lift']:.2f} times chance in the principal directions (z "
+        f"{numbers['update_z']:.1f}); switched to r = {change['r_new']}."
     )
 
 
@@ -164,10 +179,12 @@ def draw_ranks(rows: list[Row], axes: Any) -> None:
     row = next(r for r in rows if r["arm"] == "calibrated-rule" and r.get("layers"))
     for layer, series in row["layers"].items():
         modes = dict(map(tuple, series["mode"]))
-        lowrank = [(step, r) if modes.get(step) else (step, float("nan")) for step, r in series["r"]]
-        axes.plot(*zip(*lowrank, strict=True), linewidth=1.2, label=layer)
+        steps, ranks = zip(*series["r"], strict=True)
+        lowrank = [r if modes.get(step) else float("nan") for step, r in series["r"]]
+        (line,) = axes.plot(steps, ranks, linewidth=0.6, alpha=0.6, label=layer)
+        axes.plot(steps, lowrank, linewidth=3, color=line.get_color())
     axes.set_xlabel("step")
-    axes.set_ylabel("r while in low-rank mode")
+    axes.set_ylabel("r (thick: in low-rank mode)")
     axes.legend(fontsize=6, ncols=2)
 
 
