@@ -77,10 +77,10 @@ def phase2(rows: list[Row], command: str) -> str:
         "## Phase 2: all attention",
         "",
         f"Depth 4, all 16 attention matrices, 2,000 steps of 512 tokens, {len(full)} seeds, against full training.",
-        "Low-rank share: of all matrices and steps, how many were in low-rank mode. Time is that of several small runs",
+        "Low-rank: of all matrices and steps, how many were in low-rank mode. Time is that of several small runs",
         "sharing one machine.",
         "",
-        "| arm | final bpb | against full, same seed | switches | first switch | low-rank share | lowest r of 256 | time |",
+        "| arm | final bpb | against full, same seed | switches | first switch | low-rank | lowest r of 256 | time |",
         "|---|---|---|---|---|---|---|---|",
     ]
     full_seconds = statistics.mean(row["train_s"] for row in arms["full"])
