@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import io
 import json
+import logging
 import sys
 import time
 import warnings
@@ -41,6 +42,8 @@ class RunOptions:
     """Named starting point: d4, d12, d20, d20-2026. --config and flags go on top."""
     config: str = ""
     """JSON file of settings (such as another run's config.json). Flags go on top."""
+    log_level: Literal["warning", "info", "debug"] = "warning"
+    """debug: parameter counts and split error before and after every change of a matrix."""
 
 
 GROUPS: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(RunConfig)}
@@ -211,6 +214,7 @@ def check_resumable(saved: dict | None, config: RunConfig, path: Path) -> None:
 def run(arguments: Arguments, console: "Console") -> int:
     """Train; returns the exit code."""
     config = arguments.config
+    _set_log_level(arguments.run.log_level, console)
     path = choose_run_directory(arguments.run, config.model.depth)
     resuming = arguments.run.resume == "auto"
 
@@ -230,6 +234,14 @@ def run(arguments: Arguments, console: "Console") -> int:
         console.print(f"training stopped: {trainer.state.stop_reason}; last good checkpoint: {good}", style="bold red")
         return 1
     return 0
+
+
+def _set_log_level(level: str, console: "Console") -> None:
+    from rich.logging import RichHandler
+
+    handler = RichHandler(console=console, show_time=False, show_path=False, markup=False)
+    logging.basicConfig(level="WARNING", format="%(name)s: %(message)s", handlers=[handler], force=True)
+    logging.getLogger("svdtrain").setLevel(level.upper())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

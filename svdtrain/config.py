@@ -163,28 +163,28 @@ class SVDConfig:
     """attn, mlp, all, or a regular expression searched in the parameter name."""
     svd_interval: int = 20
     """Steps between two full analyses."""
-    svd_warmup: int = 10
+    svd_warmup: int = advanced(10)
     """Steps before the first decision."""
-    svd_min_rank: int = 8
+    svd_min_rank: int = advanced(8)
     """The rank r of the trained part never falls below this."""
-    svd_adapter: Literal["auto", "reregister", "shadow"] = "auto"
+    svd_adapter: Literal["auto", "reregister", "shadow"] = advanced("auto")
     """How B and A reach the optimizer; auto: reregister in our trainer, shadow in a foreign loop."""
-    svd_moments: Literal["map", "reset"] = "map"
+    svd_moments: Literal["map", "reset"] = advanced("map")
     """Optimizer moments of B and A at a switch: mapped from W's by the chain rule, or zero."""
-    svd_switching: bool = True
+    svd_switching: bool = advanced(True)
     """False: watch only, never switch."""
     svd_rule: Literal["calibrated", "original"] = "calibrated"
     """What decides: evidence against chance (lift, z, rotation ratio), or the fixed shares of the original design."""
-    svd_min_dwell: int = 3
+    svd_min_dwell: int = advanced(3)
     """Analyses that a matrix stays in a mode before the calibrated rule may change it again."""
     svd_protect: Literal["minor", "core", "middle", "principal", "random", "activation"] = "minor"
     """What low-rank mode trains (minor, middle, principal, random singular directions), or what it keeps updates out
     of: core (the principal-principal block), activation (the principal inputs of a reference set)."""
-    svd_protect_share: float = 0.25
+    svd_protect_share: float = advanced(0.25)
     """activation: share of the input directions that are protected."""
-    svd_protect_strength: float = 0.0
+    svd_protect_strength: float = advanced(0.0)
     """activation: 0 protects them outright; above 0 shrinks updates softly, 4 is a good start."""
-    svd_match_rms: bool = False
+    svd_match_rms: bool = advanced(False)
     """Scale updates in low-rank mode to the norm that the full update would have had."""
 
     def __post_init__(self) -> None:

@@ -68,6 +68,13 @@ def test_svd_off_and_watch_only_never_switch_and_give_equal_losses(tmp_path, cor
     assert losses[0] == losses[1]  # watching changes nothing, to the last bit
 
 
+def test_debug_level_prints_counts_and_split_error(tmp_path, corpus, capsys) -> None:
+    assert main(arguments(tmp_path, corpus, "--log-level", "debug", svd={"svd_rule": "original"})) == 0
+    output = " ".join(capsys.readouterr().out.split())
+    for words in ("trainable", "frozen", "total", "split error"):
+        assert words in output
+
+
 def test_two_runs_are_identical(tmp_path, corpus) -> None:
     losses = []
     for name in ("first", "second"):
