@@ -19,6 +19,7 @@ ALLOWED = {
         "svdtrain.hooks", "svdtrain.trainer", "svdtrain.adaptive", "svdtrain.spectral", "svdtrain.model",
         "svdtrain.monitor",
     },
+    "svdtrain.integrations": {"svdtrain.integrations", "svdtrain.adaptive"},
     "svdtrain.monitor": {"svdtrain.monitor"},
     "svdtrain.report": {"svdtrain.report", "svdtrain.monitor"},
     "svdtrain.launch": {"svdtrain.launch"},

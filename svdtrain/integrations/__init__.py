@@ -1,0 +1,1 @@
+"""`attach` for trainers that own their loop: transformers and Lightning. Each needs its library installed."""

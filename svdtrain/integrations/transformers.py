@@ -1,0 +1,64 @@
+"""Adaptive SVD in `transformers.Trainer`: one callback, saved and resumed with the trainer's own checkpoints."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from svdtrain.adaptive.attach import AttachedSVD, attach
+from svdtrain.config import SVDConfig
+
+STATE_FILE = "svdtrain.pt"
+log = logging.getLogger(__name__)
+
+
+class SVDCallback(TrainerCallback):
+    """`Trainer(..., callbacks=[SVDCallback()])`.
+
+    Attaches to the trainer's own optimizer when training begins, with the shadow adapter: groups, state and
+    checkpoints of the trainer keep their format. The state of the method is written beside each checkpoint as
+    svdtrain.pt and read back when training resumes from it. `svd` is the attached method while training runs.
+    """
+
+    def __init__(self, config: SVDConfig | None = None) -> None:
+        self.config = config
+        self.svd: AttachedSVD | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Attach; where the trainer resumed, load the state saved with the checkpoint."""
+        optimizer = kwargs["optimizer"]
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it; the hooks belong to the inner one
+        self.svd = attach(kwargs["model"], optimizer, self.config, log=log.info)
+        if state.global_step > 0:
+            self._load(_checkpoint(args, state), self.svd)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Add the metrics of the last analysis to the trainer's own log entry."""
+        if self.svd is not None and logs is not None:
+            logs.update(self.svd.metrics())
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write svdtrain.pt into the checkpoint that was just saved."""
+        if self.svd is not None and state.is_world_process_zero:
+            torch.save(self.svd.state_dict(), _checkpoint(args, state) / STATE_FILE)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Detach: the model is plain again, with the merged weights it has had all along."""
+        if self.svd is not None:
+            self.svd.detach()
+            self.svd = None
+
+    def _load(self, checkpoint: Path, svd: AttachedSVD) -> None:
+        path = checkpoint / STATE_FILE
+        if path.exists():
+            svd.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        else:
+            log.warning("%s has no %s: every matrix goes on in full mode", checkpoint, STATE_FILE)
+
+
+def _checkpoint(args: Any, state: Any) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
