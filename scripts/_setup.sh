@@ -1,10 +1,13 @@
-# Sourced by the other scripts: makes .venv in the repository and installs svdtrain with its test tools into it.
-# Nothing is done if that happened before and neither pyproject.toml nor constraints.txt changed since.
+# Sourced by the other scripts: makes .venv in the repository and installs svdtrain into it, with the extras that the
+# script names: setup_environment, or setup_environment test. Nothing is done if that happened before and neither
+# pyproject.toml nor constraints.txt changed since.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 setup_environment() {
-    local python="${PYTHON:-python3}" stamp=".venv/.installed" wanted
+    local extras="${1:-}" python="${PYTHON:-python3}" stamp wanted package
+    stamp=".venv/.installed${extras:+-$extras}"
+    package=".${extras:+[$extras]}"
     wanted=$(cat pyproject.toml constraints.txt | cksum)
     if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
         return 0
@@ -15,9 +18,11 @@ setup_environment() {
     }
     echo "setting up .venv (once; torch is large, this can take a few minutes)"
     if command -v uv >/dev/null 2>&1; then
-        uv venv --quiet --python "$python" .venv && uv pip install --quiet --python .venv/bin/python -c constraints.txt -e ".[test]"
+        [ -x .venv/bin/python ] || uv venv --quiet --python "$python" .venv || return 1
+        uv pip install --quiet --python .venv/bin/python -c constraints.txt -e "$package" || return 1
     else
-        "$python" -m venv .venv && .venv/bin/python -m pip install --quiet -c constraints.txt -e ".[test]"
-    fi || return 1
+        [ -x .venv/bin/python ] || "$python" -m venv .venv || return 1
+        .venv/bin/python -m pip install --quiet -c constraints.txt -e "$package" || return 1
+    fi
     echo "$wanted" >"$stamp"
 }
