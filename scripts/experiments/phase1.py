@@ -21,6 +21,7 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=1337)
+    parser.add_argument("--parallel", type=int, default=1, help="runs at a time")
     parser.add_argument("--runs", type=Path, default=Path("runs/phase1"))
     parser.add_argument("--out", type=Path, default=Path("docs/results/phase1.json"))
     arguments = parser.parse_args()
@@ -29,7 +30,7 @@ def main() -> None:
         Arm(name="original-rule", seed=arguments.seed, flags={**flags, "svd-rule": "original", "svd-preset": "fast"}),
         Arm(name="calibrated-rule", seed=arguments.seed, flags={**flags, "svd-rule": "calibrated"}),
     ]
-    rows = run_arms(arms, arguments.runs)
+    rows = run_arms(arms, arguments.runs, parallel=arguments.parallel)
     command = "python scripts/experiments/phase1.py --data DIR --device " + arguments.device
     write_rows(rows, arguments.out, command)
 
