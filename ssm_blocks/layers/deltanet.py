@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssm_blocks.layers.base import Call, Inputs, RecurrentMixer
-from ssm_blocks.layers.dictionary import PermutationDictionary
+from ssm_blocks.layers.dictionary import PermutationDictionary, identity_weights
 from ssm_blocks.layers.modules import DecayGate, Gate, Generator, Linear, split_heads
 from ssm_blocks.mixer import State, register
 from ssm_blocks.ops import fla
@@ -109,9 +109,8 @@ class DeltaNet(RecurrentMixer):
 
     def _silenced(self, inputs: Inputs, mask: Tensor) -> Inputs:
         quiet = super()._silenced(inputs, mask)
-        if "weights" in quiet:  # behind the end: entry 0, the identity
-            identity = F.one_hot(torch.zeros_like(quiet["entry"]), quiet["weights"].size(-1))
-            quiet["weights"] = torch.where(mask[..., None, None], quiet["weights"], identity)
+        if "weights" in quiet:
+            quiet["weights"] = identity_weights(quiet["weights"], mask)
         return quiet
 
     def _recur(self, inputs: Inputs, state: State, call: Call) -> tuple[Tensor, State]:

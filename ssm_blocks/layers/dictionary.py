@@ -74,6 +74,13 @@ class PermutationDictionary(nn.Module):
         return torch.einsum("bthm,hmij->bthij", weights, self.dense().to(weights.dtype))
 
 
+def identity_weights(weights: Tensor, mask: Tensor) -> Tensor:
+    """Choice weights [B, T, H, M] with the identity, entry 0, wherever mask [B, T] is false."""
+    identity = torch.zeros_like(weights)
+    identity[..., 0] = 1
+    return torch.where(mask[..., None, None], weights, identity)
+
+
 def _sign(x: Tensor) -> Tensor:
     """+-1, never 0."""
     return torch.where(x < 0, -torch.ones_like(x), torch.ones_like(x))

@@ -107,7 +107,7 @@ class MonarchGated(LinearStateMixer):
 
 
 def monarch_matrix(L: Tensor, R: Tensor) -> Tensor:
-    """P^T L P R as [..., b^2, b^2] for blocks L, R [..., b, b, b]: L's block j acts on column j, R's block i on row i."""
+    """P^T L P R as [..., b^2, b^2] for blocks L, R [..., b, b, b]: block j of L acts on column j, i of R on row i."""
     M = torch.einsum("...jai,...ijk->...ajik", L, R)
     return M.flatten(-4, -3).flatten(-2, -1)
 

@@ -22,9 +22,9 @@ def chunk_dplr(
     q, k, v, a, b, log_decay = (fold(x, min(chunk, length)) for x in (q, k, v, a, b, log_decay))
     total = log_decay.cumsum(-2)
     before = total - log_decay
-    reading = _ratios(before, total, strict=True)
+    reading = decay_ratios(before, total, strict=True)
     AB, BK = (torch.einsum("...tk,...tjk,...jk->...tj", b, reading, x) for x in (a, k))
-    out = _ratios(total, total, strict=False)
+    out = decay_ratios(total, total, strict=False)
     QA, QK = (torch.einsum("...tk,...tjk,...jk->...tj", q, out, x) for x in (a, k))
     solved = solve_unit_lower(-AB, torch.cat([b * before.exp(), BK @ v], -1))
     W, U = solved.split([k.size(-1), v.size(-1)], -1)
@@ -33,7 +33,7 @@ def chunk_dplr(
     return unfold((q * total.exp()) @ starts + QA @ w + QK @ v, length), S
 
 
-def _ratios(later: Tensor, earlier: Tensor, strict: bool) -> Tensor:
+def decay_ratios(later: Tensor, earlier: Tensor, strict: bool) -> Tensor:
     """exp(later_t - earlier_j) for j < t (strict) or j <= t, zero elsewhere: [..., C, C, K], masked before exp."""
     difference = later.unsqueeze(-2) - earlier.unsqueeze(-3)
     size = difference.size(-2)

@@ -31,6 +31,14 @@ def into_frame(index: Tensor, sign: Tensor, x: Tensor) -> Tensor:
     return torch.zeros_like(x).scatter(-1, index, sign * x)
 
 
+def one_earlier(index: Tensor, sign: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Pi_{t-1} from Pi_t, time in `dim`; the identity comes first."""
+    size = index.size(dim)
+    first = torch.arange(index.size(-1), device=index.device).expand_as(index.narrow(dim, 0, 1))
+    earlier = torch.cat([first, index.narrow(dim, 0, size - 1)], dim)
+    return earlier, torch.cat([torch.ones_like(sign.narrow(dim, 0, 1)), sign.narrow(dim, 0, size - 1)], dim)
+
+
 def out_of_frame(index: Tensor, sign: Tensor, S: Tensor) -> Tensor:
     """Pi S for states S [..., K, V]."""
     return sign.unsqueeze(-1) * S.gather(-2, index.unsqueeze(-1).expand_as(S))
@@ -98,7 +106,7 @@ def _routed_chunk(
     with torch.no_grad():
         new = solve_unit_lower(L, beta.unsqueeze(-1) * v - scaled @ S)
         before = S.unsqueeze(2) + _exclusive_cumsum(k.unsqueeze(-1) * new.unsqueeze(-2))
-    start = S.unsqueeze(2) + _nudges(weights, dictionary, index, sign, before).cumsum(2)
+    start = S.unsqueeze(2) + nudges(weights, dictionary, index, sign, before).cumsum(2)
     predicted = torch.einsum("bhtk,bhtkv->bhtv", scaled, start)
     new = solve_unit_lower(L, beta.unsqueeze(-1) * v - predicted)
     o = torch.einsum("bhtk,bhtkv->bhtv", q, start) + (q @ k.mT).tril() @ new
@@ -106,13 +114,10 @@ def _routed_chunk(
     return o.transpose(1, 2), last
 
 
-def _nudges(weights: Tensor, dictionary: Tensor, index: Tensor, sign: Tensor, before: Tensor) -> Tensor:
+def nudges(weights: Tensor, dictionary: Tensor, index: Tensor, sign: Tensor, before: Tensor) -> Tensor:
     """Pi_t^T (G_t - its value) Pi_{t-1} S~_{t-1}: zero, with the gradient of a change in G_t; [B, H, C, K, V]."""
     G = torch.einsum("bhtm,hmij->bhtij", weights, dictionary)
-    first = torch.arange(index.size(-1), device=index.device).expand_as(index[:, :, :1])
-    index_before = torch.cat([first, index[:, :, :-1]], 2)
-    sign_before = torch.cat([torch.ones_like(sign[:, :, :1]), sign[:, :, :-1]], 2)
-    moved = (G - G.detach()) @ out_of_frame(index_before, sign_before, before)
+    moved = (G - G.detach()) @ out_of_frame(*one_earlier(index, sign, 2), before)
     rows = index.unsqueeze(-1).expand_as(moved)
     return torch.zeros_like(moved).scatter(-2, rows, sign.unsqueeze(-1) * moved)
 

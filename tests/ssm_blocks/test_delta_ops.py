@@ -11,6 +11,7 @@ from ssm_blocks.ops.delta import chunk_delta_rule, chunk_linear_attention
 from ssm_blocks.ops.dplr import chunk_dplr
 from ssm_blocks.ops.inverse import INVERSES
 from ssm_blocks.ops.permutation import permuted_delta_rule, prefix_products, routed_delta_rule, to_dense
+from ssm_blocks.ops.permuted_dplr import permuted_dplr, routed_dplr
 from ssm_blocks.ops.reference import delta_rule_reference, dplr_reference, linear_attention_reference
 
 B, H, K, V, M = 2, 2, 4, 3, 3
@@ -138,6 +139,41 @@ def test_straight_through_gradients_are_exact(T: int) -> None:
         ),
         lambda: delta_rule_reference(**x, log_decay=None, G=torch.einsum("bthm,hmij->bthij", weights, dictionary)),
         [*x.values(), soft, logits],
+    )
+
+
+def dplr_core(T: int) -> tuple[Tensor, ...]:
+    x = inputs(T)
+    a, b = -F.normalize(rand(B, T, H, K, seed=6), dim=-1), F.normalize(rand(B, T, H, K, seed=7), dim=-1)
+    core = (x["q"], x["k"], x["v"], a, b, -4 * rand(B, T, H, K, seed=4).sigmoid())
+    return tuple(value.requires_grad_() for value in core)
+
+
+@pytest.mark.parametrize("T", LENGTHS)
+def test_dplr_in_the_permuted_frame(T: int) -> None:
+    core, S = dplr_core(T), inputs(T)["S"].requires_grad_()
+    index, sign = permutations(T)
+    agree(
+        lambda: permuted_dplr(core, index, sign, S),
+        lambda: dplr_reference(*core, S, to_dense(index, sign)),
+        [*core, S],
+    )
+
+
+@pytest.mark.parametrize("T", [1, 9, 33])
+def test_straight_through_gradients_of_dplr(T: int) -> None:
+    core, S = dplr_core(T), inputs(T)["S"].requires_grad_()
+    index, sign = rand(H, M, K).argsort(-1), rand(H, M, K, seed=1).sign()
+    soft = rand(H, M, K, K, seed=2).requires_grad_()
+    logits = rand(B, T, H, M, seed=3).requires_grad_()
+    choice = logits.argmax(-1)
+    weights = F.one_hot(choice, M) + logits.softmax(-1) - logits.softmax(-1).detach()
+    dictionary = to_dense(index, sign) + soft - soft.detach()
+    heads = torch.arange(H)
+    agree(
+        lambda: routed_dplr(core, weights, dictionary, index[heads, choice], sign[heads, choice], S, chunk=8),
+        lambda: dplr_reference(*core, S, torch.einsum("bthm,hmij->bthij", weights, dictionary)),
+        [*core, S, soft, logits],
     )
 
 

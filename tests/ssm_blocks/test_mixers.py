@@ -25,7 +25,7 @@ for _name in SMALL:
         SMALL[_name] |= {"block_size": 2, "num_householder": 2}
     if _name.startswith("monarch_"):
         SMALL[_name]["block_size"] = 2
-NAMES = [n for n in sorted(SMALL) if "hss" not in n and "dplr_" not in n[:5]]
+NAMES = [n for n in sorted(SMALL) if "hss" not in n and n not in ("dplr_lti", "dplr_similarity", "dplr_plain")]
 FAST_LENGTHS = [1, 63, 64, 100]
 
 
