@@ -24,6 +24,8 @@ class Call:
     form: str
     dtype: torch.dtype  # of the activations
     packing: Packing | None = None
+    fresh: bool = False  # no state was given: where the first one is zero, its part can be left out
+    keeps_state: bool = True  # the last state is wanted
 
     @property
     def lengths(self) -> Tensor | None:
@@ -93,9 +95,9 @@ class RecurrentMixer(Mixer):
         packing = None if cu_seqlens is None else Packing.from_cu_seqlens(cu_seqlens, x)
         if packing is not None:
             x = packing.pad(x)
-        state = self._checked_state(state, x)
         form = "reference" if self.backend == "reference" else "parallel"
-        y, state = self._run(x, state, Call(form, x.dtype, packing))
+        call = Call(form, x.dtype, packing, fresh=state is None, keeps_state=return_state)
+        y, state = self._run(x, self._checked_state(state, x), call)
         if packing is not None:
             y = packing.unpad(y)
         return (y, state) if return_state else y

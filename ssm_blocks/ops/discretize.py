@@ -39,6 +39,11 @@ def _expm1(z: Tensor) -> Tensor:
 def cauchy(weights: Tensor, poles: Tensor, points: Tensor) -> Tensor:
     """sum_n weights_n / (z - poles_n) at every z: weights, poles [..., n], points [m] -> [..., m].
 
-    Source: Gu, Goel and Re 2022 (arXiv:2111.00396), section 3. Plain broadcasting: n m numbers in memory.
+    Source: Gu, Goel and Re 2022 (arXiv:2111.00396), section 3.
     """
-    return (weights.unsqueeze(-2) / (points.unsqueeze(-1) - poles.unsqueeze(-2))).sum(-1)
+    return (cauchy_matrix(poles, points) @ weights.unsqueeze(-1)).squeeze(-1)
+
+
+def cauchy_matrix(poles: Tensor, points: Tensor) -> Tensor:
+    """1 / (z_m - poles_n) as [..., m, n]: one matrix for all weights on the same poles."""
+    return 1 / (points.unsqueeze(-1) - poles.unsqueeze(-2))

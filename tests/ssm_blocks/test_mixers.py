@@ -19,13 +19,15 @@ SMALL: dict[str, dict] = {name: {"num_heads": 2} for name in available()}
 for _name in SMALL:
     if _name.startswith(("diagonal", "linoss", "dplr_lti", "dplr_plain", "dplr_similarity")):
         SMALL[_name]["state_size"] = 5
+    if _name == "segmented_hss":
+        SMALL[_name] = {"num_heads": 1, "leaf_size": 2, "rank": 1}
     if _name in ("oscillatory_dplr", "adaptive_dplr"):
         SMALL[_name] |= {"state_size": 5, "rank": 2}
     if _name == "monarch":
         SMALL[_name] |= {"block_size": 2, "num_householder": 2}
     if _name.startswith("monarch_"):
         SMALL[_name]["block_size"] = 2
-NAMES = [n for n in sorted(SMALL) if "hss" not in n and n not in ("dplr_lti", "dplr_similarity", "dplr_plain")]
+NAMES = sorted(SMALL)
 FAST_LENGTHS = [1, 63, 64, 100]
 
 
