@@ -47,6 +47,7 @@ class RecurrentMixer(Mixer):
     else torch), torch, fla, or reference: the definition, token by token.
     """
 
+    has_fla_kernel: ClassVar[bool] = False
     neutral: ClassVar[dict[str, float]] = {}
     """Inputs of the recurrence that switch a token off when they have this value: used behind a sequence's end."""
 
@@ -62,6 +63,8 @@ class RecurrentMixer(Mixer):
         super().__init__(dim)
         if backend not in BACKENDS:
             raise ValueError(f"backend is one of {', '.join(BACKENDS)}, got {backend!r}")
+        if backend == "fla" and not self.has_fla_kernel:
+            raise ValueError(f"fla has no kernel for {type(self).__name__}; use backend='auto' or 'torch'")
         self.backend = backend
         self.conv = ShortConvolution(features, conv_size)
         self.norm = HeadNorm(read_heads[1])

@@ -8,6 +8,7 @@ signed permutation. As first proposed, P - beta k k^T, the norm reaches 2.78: th
 
 from __future__ import annotations
 
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -39,6 +40,7 @@ class DeltaNet(RecurrentMixer):
     dictionary_size = 0
     gated = False
     num_householder = 1
+    has_fla_kernel = True
     neutral: ClassVar = {"beta": 0.0, "log_decay": 0.0, "entry": 0}
 
     def __init__(
@@ -120,7 +122,7 @@ class DeltaNet(RecurrentMixer):
             o, S = self._permuted(core, x["entry"], x["weights"], state["S"], call)
         elif call.form != "parallel":
             o, S = delta_rule_reference(*core, x.get("log_decay"), state["S"])
-        elif fla.use_fla(self.backend, call.dtype, state["S"].device, max(self.key_dim, self.value_dim)):
+        elif self._uses_fla(call, state["S"]):
             o, S = fla.delta_rule(*core, x.get("log_decay"), state["S"], call.dtype)
         else:
             o, S = chunk_delta_rule(*core, x.get("log_decay"), state["S"], self.chunk, self.inverse)
@@ -141,7 +143,14 @@ class DeltaNet(RecurrentMixer):
         if learning:
             dictionary = self.dictionary.dense().to(S.dtype)
             return routed_delta_rule(*core, weights, dictionary, index, sign, S, self.chunk)
-        return permuted_delta_rule(*core, index, sign, S, self.chunk)
+        if self._uses_fla(call, S):
+            kernel = partial(fla.delta_rule, dtype=call.dtype)
+        else:
+            kernel = partial(chunk_delta_rule, chunk=self.chunk, inverse=self.inverse)
+        return permuted_delta_rule(*core, index, sign, S, kernel)
+
+    def _uses_fla(self, call: Call, S: Tensor) -> bool:
+        return fla.use_fla(self.backend, call.dtype, S.device, max(self.key_dim, self.value_dim))
 
 
 def _one_step_per_row(inputs: Inputs, steps: int) -> Inputs:

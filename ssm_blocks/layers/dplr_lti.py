@@ -2,8 +2,8 @@
 
 P is a fixed permutation, L a positive diagonal. P L is diagonalised through its cycles, p q^T comes in by Woodbury, and
 the kernel C A^t B is the inverse FFT of its generating function at the roots of unity (S4, arXiv:2111.00396). Diagonal
-entries below 1 - s, |p| = s and |q| = 1 make ||A|| < 1. `dplr_plain` has no permutation. `dplr_similarity` conjugates
-by one, P (L + p q^T) P^T: the same kernels as `dplr_plain`, so no gain; kept as the ablation that must tie.
+entries below .999 (1 - s), |p| = s and |q| = 1 make ||A|| < 1. `dplr_plain` has no permutation. `dplr_similarity`
+conjugates by one, P (L + p q^T) P^T: the same kernels as `dplr_plain`, so no gain; the ablation that must tie.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssm_blocks.layers.base import Call, Inputs, RecurrentMixer
-from ssm_blocks.layers.modules import Generator, Linear, fill_normal, split_heads, wide
+from ssm_blocks.layers.modules import Generator, Linear, fill_normal, split_heads, squash, wide
 from ssm_blocks.mixer import State, register
 from ssm_blocks.ops.cycles import Cycles, diagonalise, find_cycles
 from ssm_blocks.ops.discretize import cauchy_matrix
@@ -87,8 +87,8 @@ class PlainDPLR(RecurrentMixer):
 
     def coefficients(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """(l, p, q) [H, n] of A = P L + p q^T, with max l + |p| |q| < 1."""
-        s = torch.sigmoid(self.strength.to(dtype)).unsqueeze(-1)
-        l = (1 - s) * torch.sigmoid(self.decay.to(dtype))
+        s = squash(self.strength.to(dtype), 1e-4, 0.5).unsqueeze(-1)
+        l = (1 - s) * squash(self.decay.to(dtype), 0.01, 0.999)  # bounded below: cycles are scaled by ratios of these
         p, q = s * F.normalize(self.p.to(dtype), dim=-1), F.normalize(self.q.to(dtype), dim=-1)
         return tuple(x.gather(-1, self.relabel) for x in (l, p, q))  # type: ignore[return-value]
 

@@ -28,6 +28,7 @@ STRONGEST_DECAY = 5.0  # fla's safe gate takes log decays in [-5, 0)
 class TimeVaryingDPLR(RecurrentMixer):
     """num_heads: default one per 64 channels; key_dim: K per head; dictionary_size: permutations to choose from."""
 
+    has_fla_kernel = True
     neutral: ClassVar = {"k": 0.0, "a": 0.0, "log_decay": 0.0, "entry": 0}
 
     def __init__(

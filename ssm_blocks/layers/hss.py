@@ -81,6 +81,7 @@ class SegmentedHSS(RecurrentMixer):
     num_heads: default one per 64 channels. A head must be leaf_size times a power of two, at least 2 leaves.
     """
 
+    has_fla_kernel = True
     neutral: ClassVar = {"k": 0.0, "log_decay": 0.0}
 
     def __init__(

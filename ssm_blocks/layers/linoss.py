@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from ssm_blocks.layers.base import Call, Inputs
 from ssm_blocks.layers.linear_state import LinearStateMixer
-from ssm_blocks.layers.modules import Generator, fill_uniform
+from ssm_blocks.layers.modules import Generator, bounded_exp, fill_uniform, squash
 from ssm_blocks.mixer import State, register
 from ssm_blocks.ops.lti import lti_states
+
+LARGEST_ANGLE = 1.99  # at 2 the explicit map has a double eigenvalue -1 and grows linearly
 
 
 class LinOSS(LinearStateMixer):
@@ -59,7 +61,7 @@ class LinOSS(LinearStateMixer):
     def coefficients(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(s, S) [H, n]: the angle s, positive, below 2 where explicit; S = 1 / (1 + what is implicit)."""
         raw = self.frequency.to(dtype)
-        s = raw.exp() if self.implicit else 2 * torch.sigmoid(raw)
+        s = bounded_exp(raw) if self.implicit else squash(raw, 0.0, LARGEST_ANGLE)
         if self.implicit:
             return s, 1 / (1 + s * s)
         if self.damping is not None:

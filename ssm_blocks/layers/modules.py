@@ -9,6 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Generator = torch.Generator | None
+LARGEST_EXPONENT = 20.0
+
+
+def bounded_exp(x: Tensor) -> Tensor:
+    """exp(x) within [e^-20, e^20]: a wild parameter must not turn into infinity."""
+    return x.clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT).exp()
+
+
+def squash(x: Tensor, low: float, high: float) -> Tensor:
+    """A sigmoid between low and high, both included where it saturates."""
+    return low + (high - low) * torch.sigmoid(x)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -76,7 +87,7 @@ class DecayGate(Gate):
 
     def forward(self, input: Tensor) -> Tensor:
         raw = super().forward(input)
-        return -self.log_rate.to(raw.dtype).exp() * F.softplus(raw)
+        return -bounded_exp(self.log_rate.to(raw.dtype)) * F.softplus(raw)
 
     def init_weights(self, generator: Generator = None) -> None:
         """Rates uniform in [1, 16], steps log-uniform in [.001, .1]."""
@@ -146,6 +157,6 @@ class HeadNorm(nn.Module):
 def split_heads(dim: int, num_heads: int | None) -> tuple[int, int]:
     """(heads, width of a head); by default heads of 64. Raises ValueError where the width does not split."""
     heads = max(1, dim // 64) if num_heads is None else num_heads
-    if heads < 1 or dim % heads:
+    if dim < 1 or heads < 1 or dim % heads:
         raise ValueError(f"width {dim} does not split into {heads} heads; give num_heads that divides it")
     return heads, dim // heads

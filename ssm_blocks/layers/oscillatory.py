@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ssm_blocks.layers.base import Call, Inputs
 from ssm_blocks.layers.linear_state import LinearStateMixer, as_complex
-from ssm_blocks.layers.modules import Generator, fill_normal, fill_uniform
+from ssm_blocks.layers.modules import Generator, bounded_exp, fill_normal, fill_uniform
 from ssm_blocks.mixer import register
 from ssm_blocks.ops.discretize import bilinear
 from ssm_blocks.ops.inverse import woodbury_solve
@@ -82,7 +82,7 @@ class OscillatoryDPLR(LinearStateMixer):
 
     def poles(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """lambda [H, n], real parts negative."""
-        w, zeta = self.log_frequency.to(dtype).exp(), torch.sigmoid(self.damping.to(dtype))
+        w, zeta = bounded_exp(self.log_frequency.to(dtype)), torch.sigmoid(self.damping.to(dtype))
         return torch.complex(-zeta * w, w * ((1 - zeta) * (1 + zeta)).sqrt())
 
     def low_rank(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -103,12 +103,14 @@ class OscillatoryDPLR(LinearStateMixer):
         return torch.diag_embed(self.poles(dtype)) - P @ Q.mH
 
     def discrete(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(Ad [H, n, n], Bd [H, n, p]) of the bilinear map, the inverse by Woodbury."""
-        A = self.dense(dtype)
-        identity = torch.eye(A.size(-1), dtype=A.dtype, device=A.device)
-        solved = self._resolve(torch.cat([identity + A / 2, self.input_map(dtype)], -1), dtype)
-        Ad, Bd = solved.split([self.state_size, self.head_dim], -1)
-        return Ad, Bd
+        """(Ad [H, n, n], Bd [H, n, p]) of the bilinear map, the inverse by Woodbury.
+
+        Ad = 2 (I - A/2)^{-1} - I: unlike (I - A/2)^{-1} (I + A/2), it cancels no large numbers.
+        """
+        B = self.input_map(dtype)
+        identity = torch.eye(self.state_size, dtype=B.dtype, device=B.device).expand(self.num_heads, -1, -1)
+        inverse, Bd = self._resolve(torch.cat([identity, B], -1), dtype).split([self.state_size, self.head_dim], -1)
+        return 2 * inverse - identity, Bd
 
     def _resolve(self, X: Tensor, dtype: torch.dtype) -> Tensor:
         """(I - A/2)^{-1} X for X [..., H, n, m]: a diagonal and an r x r system."""
@@ -129,10 +131,8 @@ class OscillatoryDPLR(LinearStateMixer):
 
     def _one_step(self, u: Tensor, h: Tensor, dtype: torch.dtype) -> Tensor:
         """Ad h + Bd u in O(n r), without a matrix [n, n]."""
-        P, Q = self.low_rank(dtype)
-        column = h.unsqueeze(-1)
-        moved = column + (self.poles(dtype).unsqueeze(-1) * column - P @ (Q.mH @ column)) / 2
-        return self._resolve(moved + self.input_map(dtype) @ u.to(h.dtype).unsqueeze(-1), dtype).squeeze(-1)
+        drive = self.input_map(dtype) @ u.to(h.dtype).unsqueeze(-1)
+        return self._resolve(2 * h.unsqueeze(-1) + drive, dtype).squeeze(-1) - h
 
 
 @register("oscillatory_diagonal")

@@ -12,10 +12,13 @@ def skew(X: Tensor) -> Tensor:
 
 
 def cayley(X: Tensor) -> Tensor:
-    """(I - K)^{-1} (I + K) with K the skew part of X [..., n, n]: a rotation; every one without eigenvalue -1."""
+    """(I - K)^{-1} (I + K) with K the skew part of X [..., n, n]: a rotation; every one without eigenvalue -1.
+
+    Written as 2 (I - K)^{-1} - I, which cancels no large numbers.
+    """
     K = skew(X)
     identity = torch.eye(K.size(-1), dtype=K.dtype, device=K.device)
-    return torch.linalg.solve(identity - K, identity + K)
+    return 2 * torch.linalg.inv(identity - K) - identity
 
 
 def scaled_cayley(X: Tensor, sign: Tensor) -> Tensor:

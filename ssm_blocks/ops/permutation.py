@@ -6,6 +6,8 @@ Pi_t = G_t ... G_1, whose state is Pi_t^T S_t. Training is an integer scan, a ga
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -51,12 +53,22 @@ def to_dense(index: Tensor, sign: Tensor) -> Tensor:
 
 
 def permuted_delta_rule(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, index: Tensor, sign: Tensor, S: Tensor, chunk: int = 64
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    index: Tensor,
+    sign: Tensor,
+    S: Tensor,
+    kernel: Callable[..., tuple[Tensor, Tensor]] = chunk_delta_rule,
 ) -> tuple[Tensor, Tensor]:
-    """`reference.delta_rule_reference` with G_t given as index, sign [B, T, H, K]; they get no gradient."""
+    """`reference.delta_rule_reference` with G_t given as index, sign [B, T, H, K]; they get no gradient.
+
+    kernel: any plain delta rule (q, k, v, beta, log_decay, S) -> (o, S).
+    """
     index, sign = prefix_products(index, sign)
     q, k = into_frame(index, sign, q), into_frame(index, sign, k)
-    o, S = chunk_delta_rule(q, k, v, beta, None, S, chunk)
+    o, S = kernel(q, k, v, beta, None, S)
     return o, out_of_frame(index[:, -1], sign[:, -1], S)
 
 
