@@ -1,0 +1,1 @@
+"""Scans, structured matrices and chunked recurrences in plain torch. Time is dimension 1, states are [..., K, V]."""

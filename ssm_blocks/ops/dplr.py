@@ -1,0 +1,54 @@
+"""The diagonal-plus-low-rank delta rule S_t = (diag(exp g_t) + a_t b_t^T) S_{t-1} + k_t v_t^T in chunks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ssm_blocks.ops.delta import fold, unfold
+from ssm_blocks.ops.inverse import solve_unit_lower
+
+
+def chunk_dplr(
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, log_decay: Tensor, S: Tensor, chunk: int = 16
+) -> tuple[Tensor, Tensor]:
+    """The same function as `reference.dplr_reference` without G, shapes as there.
+
+    With G_t the running sum of g and w_t = S_{t-1}^T b_t: S_t = e^{G_t} S_0 + sum_{j<=t} e^{G_t - G_j} (a_j w_j^T +
+    k_j v_j^T), and the w_t solve a unit lower triangular system (after RWKV-7, arXiv:2503.14456). The decay ratios are
+    kept as differences per channel, [C, C, K] a chunk, so no decay is too strong; hence the small chunk.
+    """
+    length = q.size(1)
+    q, k, v, a, b, log_decay = (fold(x, min(chunk, length)) for x in (q, k, v, a, b, log_decay))
+    total = log_decay.cumsum(-2)
+    before = total - log_decay
+    reading = decay_ratios(before, total, strict=True)
+    AB, BK = (torch.einsum("...tk,...tjk,...jk->...tj", b, reading, x) for x in (a, k))
+    out = decay_ratios(total, total, strict=False)
+    QA, QK = (torch.einsum("...tk,...tjk,...jk->...tj", q, out, x) for x in (a, k))
+    solved = solve_unit_lower(-AB, torch.cat([b * before.exp(), BK @ v], -1))
+    W, U = solved.split([k.size(-1), v.size(-1)], -1)
+    last = (total[..., -1:, :] - total).exp()
+    starts, w, S = _carry(a * last, k * last, v, U, W, total[..., -1, :], S)
+    return unfold((q * total.exp()) @ starts + QA @ w + QK @ v, length), S
+
+
+def decay_ratios(later: Tensor, earlier: Tensor, strict: bool) -> Tensor:
+    """exp(later_t - earlier_j) for j < t (strict) or j <= t, zero elsewhere: [..., C, C, K], masked before exp."""
+    difference = later.unsqueeze(-2) - earlier.unsqueeze(-3)
+    size = difference.size(-2)
+    hidden = torch.ones(size, size, dtype=torch.bool, device=later.device).triu(0 if strict else 1)
+    return difference.masked_fill(hidden.unsqueeze(-1), float("-inf")).exp()
+
+
+def _carry(
+    a: Tensor, k: Tensor, v: Tensor, U: Tensor, W: Tensor, chunk_decay: Tensor, S: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """State at the start of every chunk, all w_t = S_{t-1}^T b_t, and the last state."""
+    starts, ws = [], []
+    for n in range(k.size(2)):
+        starts.append(S)
+        w = U[:, :, n] + W[:, :, n] @ S
+        S = chunk_decay[:, :, n].exp().unsqueeze(-1) * S + a[:, :, n].mT @ w + k[:, :, n].mT @ v[:, :, n]
+        ws.append(w)
+    return torch.stack(starts, 2), torch.stack(ws, 2), S

@@ -1,0 +1,94 @@
+"""flash-linear-attention's kernels behind our shapes. Imported only when used: its import takes half a minute cold."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+LARGEST_HEAD = 256  # what its delta-rule kernels take
+
+
+def use_fla(backend: str, dtype: torch.dtype, device: torch.device, head_dim: int) -> bool:
+    """Whether to call fla. auto: on CUDA, in bf16 or fp16, heads of at most 256, and if it is installed.
+
+    Raises ValueError when backend is "fla" and one of these does not hold.
+    """
+    if backend not in ("auto", "fla"):
+        return False
+    reason = _obstacle(dtype, device, head_dim)
+    if backend == "fla" and reason:
+        raise ValueError(f"backend='fla' {reason}; use backend='auto' or 'torch'")
+    if device.type == "cuda" and reason and "fla-core" in reason:
+        _say_once(reason)
+    return not reason
+
+
+def _obstacle(dtype: torch.dtype, device: torch.device, head_dim: int) -> str:
+    if device.type != "cuda":
+        return f"needs a CUDA device, the input is on {device.type}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"needs bfloat16 or float16, the input is {dtype}"
+    if head_dim > LARGEST_HEAD:
+        return f"takes heads of at most {LARGEST_HEAD} channels, these have {head_dim}"
+    if importlib.util.find_spec("fla") is None:
+        return "needs the package fla-core[cuda], which is not installed"
+    return ""
+
+
+@lru_cache(maxsize=1)
+def _say_once(reason: str) -> None:
+    warnings.warn(f"the fast kernels' backend {reason}: running the slower torch form", stacklevel=4)
+
+
+def delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, S: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """`reference.delta_rule_reference` by fla's chunk kernels, in `dtype`."""
+    common = {"scale": 1.0, "initial_state": S.contiguous(), "output_final_state": True}
+    q, k, v, beta = (x.to(dtype).contiguous() for x in (q, k, v, beta))
+    if log_decay is None:
+        from fla.ops.delta_rule import chunk_delta_rule  # type: ignore[import-not-found]
+
+        o, S = chunk_delta_rule(q=q, k=k, v=v, beta=beta, **common)
+    else:
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule  # type: ignore[import-not-found]
+
+        o, S = chunk_gated_delta_rule(q=q, k=k, v=v, g=log_decay.float().contiguous(), beta=beta, **common)
+    return o.float(), S.float()
+
+
+def dplr(
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, log_decay: Tensor, S: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """`reference.dplr_reference` without G. fla's transition is D + b a^T: its a reads and its b writes."""
+    from fla.ops.generalized_delta_rule.dplr import chunk_dplr_delta_rule  # type: ignore[import-not-found]
+
+    q, k, v, a, b = (x.to(dtype).contiguous() for x in (q, k, v, a, b))
+    gk = log_decay.float().contiguous()
+    o, S = chunk_dplr_delta_rule(
+        q=q, k=k, v=v, a=b, b=a, gk=gk, scale=1.0, initial_state=S.contiguous(), output_final_state=True
+    )
+    return o.float(), S.float()
+
+
+def linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, S: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """`reference.linear_attention_reference`."""
+    from fla.ops.simple_gla import chunk_simple_gla  # type: ignore[import-not-found]
+
+    q, k, v = (x.to(dtype).contiguous() for x in (q, k, v))
+    o, S = chunk_simple_gla(
+        q=q,
+        k=k,
+        v=v,
+        g=log_decay.float().contiguous(),
+        scale=1.0,
+        initial_state=S.contiguous(),
+        output_final_state=True,
+    )
+    return o.float(), S.float()

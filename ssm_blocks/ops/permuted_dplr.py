@@ -1,0 +1,78 @@
+"""S_t = G_t (diag(exp g_t) + a_t b_t^T) S_{t-1} + k_t v_t^T with signed permutations G_t, in the permuted frame.
+
+With Pi_t = G_t ... G_1 and S~_t = Pi_t^T S_t this is the DPLR delta rule on Pi_t^T (q_t, k_t) and Pi_{t-1}^T (a_t, b_t,
+g_t); the signs cancel in g.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ssm_blocks.ops.dplr import chunk_dplr, decay_ratios
+from ssm_blocks.ops.inverse import solve_unit_lower
+from ssm_blocks.ops.permutation import into_frame, nudges, one_earlier, out_of_frame, prefix_products
+
+Core = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # q, k, v, a, b, log_decay
+
+
+def into_frames(core: Core, index: Tensor, sign: Tensor) -> Core:
+    """(q, k, v, a, b, log_decay) in the frame of the running products (index, sign) [B, T, H, K]."""
+    q, k, v, a, b, log_decay = core
+    before, sign_before = one_earlier(index, sign, 1)
+    a, b = into_frame(before, sign_before, a), into_frame(before, sign_before, b)
+    log_decay = into_frame(before, torch.ones_like(sign_before), log_decay)
+    return into_frame(index, sign, q), into_frame(index, sign, k), v, a, b, log_decay
+
+
+def permuted_dplr(core: Core, index: Tensor, sign: Tensor, S: Tensor, chunk: int = 16) -> tuple[Tensor, Tensor]:
+    """`reference.dplr_reference` with G_t given as index, sign [B, T, H, K]; they get no gradient."""
+    index, sign = prefix_products(index, sign)
+    o, S = chunk_dplr(*into_frames(core, index, sign), S, chunk)
+    return o, out_of_frame(index[:, -1], sign[:, -1], S)
+
+
+def routed_dplr(
+    core: Core, weights: Tensor, dictionary: Tensor, index: Tensor, sign: Tensor, S: Tensor, chunk: int = 16
+) -> tuple[Tensor, Tensor]:
+    """The same with the exact straight-through gradient to G_t; see `permutation.routed_delta_rule`."""
+    outputs = []
+    for start in range(0, core[0].size(1), chunk):
+        part = [x[:, start : start + chunk] for x in (weights, index, sign, *core)]
+        o, S = checkpoint(_routed_chunk, dictionary, S, *part, use_reentrant=False)  # type: ignore[misc]
+        outputs.append(o)
+    return torch.cat(outputs, 1), S
+
+
+def _routed_chunk(
+    dictionary: Tensor, S: Tensor, weights: Tensor, index: Tensor, sign: Tensor, *core: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One chunk, in the frame of its first state."""
+    index, sign = prefix_products(index, sign)
+    core = into_frames(core, index, sign)  # type: ignore[arg-type]
+    q, k, v, a, b, log_decay, index, sign, weights = (x.transpose(1, 2) for x in (*core, index, sign, weights))
+    total = log_decay.cumsum(-2)
+    before = total - log_decay
+    reading, out = decay_ratios(before, total, strict=True), decay_ratios(total, total, strict=False)
+    AB, BK = (torch.einsum("...tk,...tjk,...jk->...tj", b, reading, x) for x in (a, k))
+
+    def read(start: Tensor) -> Tensor:
+        """w_t = S_{t-1}^T b_t when the inputs from outside the sums contribute `start` [.., C, K, V] to S_{t-1}."""
+        return solve_unit_lower(-AB, torch.einsum("...tk,...tkv->...tv", b, start) + BK @ v)
+
+    first = S.unsqueeze(2)
+    with torch.no_grad():
+        w = read(before.exp().unsqueeze(-1) * first)
+        inner = torch.einsum("...tjk,...jk,...jv->...tkv", out, a, w)
+        inner = inner + torch.einsum("...tjk,...jk,...jv->...tkv", out, k, v)
+        permuted = total.exp().unsqueeze(-1) * first + inner - k.unsqueeze(-1) * v.unsqueeze(-2)
+    # `permuted` is X_t S_{t-1}, what G_t acts on, seen from the frame before G_t
+    Z = nudges(weights, dictionary, index, sign, permuted)
+    w = read(before.exp().unsqueeze(-1) * first + torch.einsum("...tjk,...jkv->...tkv", reading, Z))
+    start = total.exp().unsqueeze(-1) * first + torch.einsum("...tjk,...jkv->...tkv", out, Z)
+    QA, QK = (torch.einsum("...tk,...tjk,...jk->...tj", q, out, x) for x in (a, k))
+    o = torch.einsum("...tk,...tkv->...tv", q, start) + QA @ w + QK @ v
+    last = out[..., -1, :, :]
+    S = start[:, :, -1] + (a * last).mT @ w + (k * last).mT @ v
+    return o.transpose(1, 2), out_of_frame(index[:, :, -1], sign[:, :, -1], S)

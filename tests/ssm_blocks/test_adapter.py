@@ -1,0 +1,93 @@
+"""A mixer in a GPT block's place: signatures, cache, decoding equal to prefill."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from ssm_blocks import available
+from ssm_blocks.adapter import AttentionAdapter, is_attention_layer, mixer_factory
+from svdtrain.model.attention import CausalSelfAttention
+from svdtrain.model.generate import generate
+from svdtrain.model.gpt import GPT, GPTConfig
+from svdtrain.model.kv_cache import KVCache
+from tests.ssm_blocks.mixer_checks import rand
+
+CONFIG = GPTConfig(sequence_len=64, vocab_size=50, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
+
+
+def model(name: str, pattern: str = "M") -> GPT:
+    factory = mixer_factory(name, CausalSelfAttention, pattern)
+    with torch.device("meta"):
+        network = GPT(CONFIG, mixer_factory=factory)
+    network.to_empty(device="cpu")
+    network.init_weights(torch.Generator().manual_seed(0))
+    with torch.no_grad():  # away from the zero output projections
+        for parameter in network.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+    return network
+
+
+@pytest.mark.parametrize("name", available())
+def test_decoding_equals_one_pass(name: str) -> None:
+    network = model(name)
+    tokens = torch.randint(50, (2, 12), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        want = network(tokens)
+        cache = KVCache.for_model(network, batch_size=2, max_len=12)
+        got = [network(tokens[:, :5], kv_cache=cache), network(tokens[:, 5:7], kv_cache=cache)]
+        got += [network(tokens[:, t : t + 1], kv_cache=cache) for t in range(7, 12)]
+    torch.testing.assert_close(torch.cat(got, 1), want, atol=2e-4, rtol=1e-3)
+
+
+def test_mixers_and_attention_in_one_model() -> None:
+    network = model("deltanet", "MA")
+    assert isinstance(network.blocks[0].attn, AttentionAdapter)
+    assert isinstance(network.blocks[1].attn, CausalSelfAttention)
+    assert len(list(generate(network, [1, 2, 3], 5))) == 5
+
+
+def test_pattern() -> None:
+    assert [is_attention_layer("MMMA", layer) for layer in range(8)] == [False, False, False, True] * 2
+    for wrong in ("", "MX"):
+        with pytest.raises(ValueError, match="letters M"):
+            is_attention_layer(wrong, 0)
+    with pytest.raises(ValueError, match="available: "):
+        mixer_factory("mamba", CausalSelfAttention)
+
+
+def test_a_block_starts_as_the_identity() -> None:
+    adapter = AttentionAdapter("monarch", 16, 0)
+    adapter.init_weights(torch.Generator().manual_seed(0))
+    assert torch.equal(adapter(rand(1, 4, 16).float(), None, None), torch.zeros(1, 4, 16))
+
+
+def test_nanochat_signatures_and_its_cache() -> None:
+    """Real nanochat's cache has no slots for states, and its last layer moves the position on."""
+    adapter = AttentionAdapter("neg_deltanet", 16, 1, last_layer_advances=True)
+    x = rand(2, 6, 16).float()
+    moved: list[int] = []
+    cache = SimpleNamespace(n_layers=2, advance=moved.append)
+    parts = [
+        adapter(x[:, :4], None, None, (-1, 0), cache),
+        adapter(x[:, 4:5], None, cache),
+        adapter(x[:, 5:], None, cache),
+    ]
+    torch.testing.assert_close(torch.cat(parts, 1), adapter(x, None, None, (-1, 0), None))
+    assert moved == [4, 1, 1]
+    with pytest.raises(ValueError, match="kv_cache"):
+        adapter(x, None)
+
+
+def test_adaptive_svd_finds_the_projections() -> None:
+    from svdtrain.adaptive.targets import select_targets
+
+    network = nn.ModuleDict({"attn": AttentionAdapter("deltanet", 32, 0, num_heads=1)})
+    found = select_targets(network, "attn")
+    assert {name.rsplit(".", 1)[-1] for name in found} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+def test_flops_count_the_state() -> None:
+    adapter = AttentionAdapter("deltanet", 128, 0, conv_size=0)
+    assert adapter.flops_per_token() == 3 * 6 * 2 * 64 * 64

@@ -1,0 +1,105 @@
+"""Names, custom mixers, what importing costs."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ssm_blocks
+from ssm_blocks import Mixer, State, available, build, non_matrix_parameters, register
+from ssm_blocks.mixer import _BUILT_IN, _registry, mixer_class
+
+
+class Average(Mixer):
+    """The running mean: a smallest complete mixer, as docs/SSM.md shows it."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+        self.v_proj = nn.Linear(dim, dim, bias=False)
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        nn.init.normal_(self.v_proj.weight, std=self.dim**-0.5, generator=generator)
+
+    def init_state(self, batch, device=None, dtype=None) -> State:
+        zeros = torch.zeros(batch, self.dim + 1, device=device, dtype=dtype)
+        return {"sum": zeros}
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        one = torch.ones_like(x[:, :1])
+        total = state["sum"] + torch.cat([self.v_proj(x), one], -1)
+        return total[:, :-1] / total[:, -1:], {"sum": total}
+
+    def forward(self, x, state=None, cu_seqlens=None, return_state=False):
+        if cu_seqlens is not None:
+            raise ValueError("Average takes no packed sequences")
+        state = self.init_state(x.size(0), x.device, x.dtype) if state is None else state
+        ones = torch.ones_like(x[..., :1])
+        total = state["sum"].unsqueeze(1) + torch.cat([self.v_proj(x), ones], -1).cumsum(1)
+        y = total[..., :-1] / total[..., -1:]
+        return (y, {"sum": total[:, -1]}) if return_state else y
+
+
+@pytest.fixture
+def _clean_registry():
+    before = dict(_registry)
+    yield
+    _registry.clear()
+    _registry.update(before)
+
+
+def test_every_listed_name_builds_its_own_class() -> None:
+    assert available() == sorted(_BUILT_IN)
+    classes = {name: mixer_class(name) for name in available()}
+    assert len(set(classes.values())) == len(classes)
+    assert all(issubclass(cls, Mixer) for cls in classes.values())
+
+
+def test_unknown_name_lists_the_names() -> None:
+    with pytest.raises(ValueError, match=r"unknown mixer 'mamba'; available: .*deltanet.*monarch"):
+        build("mamba", 8)
+
+
+@pytest.mark.usefixtures("_clean_registry")
+def test_a_custom_mixer_by_name() -> None:
+    register("average")(Average)
+    assert "average" in available()
+    mixer = build("average", 4)
+    x = torch.randn(2, 6, 4)
+    state = mixer.init_state(2)
+    for t in range(6):
+        y, state = mixer.step(x[:, t], state)
+    torch.testing.assert_close(y, mixer(x)[:, -1])
+    register("average")(Average)  # the same class again: a module that was imported twice
+    with pytest.raises(ValueError, match="taken"):
+        register("average")(type("Other", (Mixer,), {}))
+    with pytest.raises(ValueError, match="taken"):
+        register("deltanet")(Average)
+    with pytest.raises(ValueError, match="subclasses"):
+        register("linear")(nn.Linear)  # type: ignore[type-var]
+
+
+def test_gates_poles_and_taps_are_no_matrices() -> None:
+    found = non_matrix_parameters(build("gated_ssd_deltanet", 8))
+    expected = {"conv.weight", "norm.weight", "beta_gate.weight", "beta_gate.bias", "decay_gate.weight"}
+    assert expected <= set(found)
+    assert found["conv.weight"].ndim == 2  # although it is two-dimensional
+    assert "q_proj.weight" not in found
+
+
+def test_a_mixer_needs_a_width() -> None:
+    with pytest.raises(ValueError, match="width"):
+        build("deltanet", 0)
+
+
+def test_import_is_light() -> None:
+    """No layer, no fla, and under .2 s on top of torch (as the interpreter counts it)."""
+    code = (
+        "import torch, time, sys; start = time.process_time(); import ssm_blocks; "
+        "print(time.process_time() - start); "
+        "assert not [m for m in sys.modules if m.startswith(('ssm_blocks.layers', 'ssm_blocks.ops', 'fla'))]"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(result.stdout) < 0.2
+    assert ssm_blocks.available()
