@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +12,9 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from svdtrain.config import RunConfig
+from ssm_blocks.adapter import AttentionAdapter, mixer_factory
+from ssm_blocks.mixer import non_matrix_parameters
+from svdtrain.config import ModelConfig, RunConfig
 from svdtrain.data.stream import PreparedData, TokenStream, prepare, validation_batches
 from svdtrain.hooks.adaptive_svd import AdaptiveSVDHook
 from svdtrain.hooks.console import ConsoleSink
@@ -20,6 +23,7 @@ from svdtrain.hooks.sample import SampleText
 from svdtrain.hooks.sinks import JsonlSink
 from svdtrain.hooks.train_log import TrainLog
 from svdtrain.model import GPT, GPTConfig, hardware_dtype
+from svdtrain.model.attention import CausalSelfAttention, MixerFactory
 from svdtrain.optim.muon_adamw import MuonAdamW
 from svdtrain.optim.param_groups import build_param_groups
 from svdtrain.optim.schedule import batch_lr_scale
@@ -108,9 +112,22 @@ def build_model(config: RunConfig, vocab_size: int, device: torch.device) -> GPT
     )
     dtypes = {"auto": hardware_dtype(device), "bf16": torch.bfloat16, "fp32": torch.float32}
     torch.manual_seed(config.train.seed)
-    model = GPT(gpt_config, compute_dtype=dtypes[config.train.dtype])
+    model = GPT(gpt_config, compute_dtype=dtypes[config.train.dtype], mixer_factory=_mixer_factory(config.model))
     model.init_weights()
     return model.to(device)
+
+
+def _mixer_factory(config: ModelConfig) -> MixerFactory:
+    """Attention, a mixer of ssm_blocks, or MODULE:NAME, where importing MODULE registers NAME."""
+    if config.mixer == "attention":
+        return CausalSelfAttention
+    module, _, name = config.mixer.rpartition(":")
+    if module:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ValueError(f"--mixer {config.mixer}: cannot import {module} ({error})") from error
+    return mixer_factory(name, CausalSelfAttention, config.mixer_pattern)
 
 
 def build_hooks(config: RunConfig, model: GPT, device: torch.device, world: World, console: Console) -> list[Hook]:
@@ -162,7 +179,13 @@ def _check_batch(config: RunConfig, world: World) -> None:
 def _optimizer_builder(config: RunConfig) -> Callable[[nn.Module], torch.optim.Optimizer]:
     def build(model: nn.Module) -> torch.optim.Optimizer:
         scale = batch_lr_scale(config.train.total_batch_size)
-        return MuonAdamW(build_param_groups(model, config.optim, lr_scale=scale))
+        not_for_muon = {
+            f"{prefix}.{name}"
+            for prefix, block in model.named_modules()
+            if isinstance(block, AttentionAdapter)
+            for name in non_matrix_parameters(block)
+        }
+        return MuonAdamW(build_param_groups(model, config.optim, lr_scale=scale, non_matrices=not_for_muon))
 
     return build
 

@@ -39,7 +39,16 @@ class ModelConfig:
     window_pattern: str = advanced("SSSL")
     """Attention windows, tiled over the layers: S = a quarter of the context, L = all. The last layer is always L."""
 
+    mixer: str = "attention"
+    """Sequence mixer of the blocks: attention, a name of ssm_blocks.available(), or MODULE:NAME for one of yours."""
+    mixer_pattern: str = "M"
+    """Blocks with the mixer (M) and with attention (A), tiled over the layers: MMMA is three to one."""
+
     def __post_init__(self) -> None:
+        _require(
+            len(self.mixer_pattern) > 0 and set(self.mixer_pattern) <= set("MA"),
+            f"--mixer-pattern takes only the letters M and A, got {self.mixer_pattern!r}",
+        )
         _require(self.depth >= 1, f"--depth must be at least 1, got {self.depth}")
         _require(self.max_seq_len >= 2, f"--max-seq-len must be at least 2, got {self.max_seq_len}")
         _require(

@@ -134,14 +134,22 @@ class GPT(nn.Module):
     def estimate_flops_per_token(self) -> int:
         """FLOPs per token, forward and backward: 6 per weight of a matrix product plus 12 H D per visible key.
 
-        The PaLM convention (arXiv:2204.02311, appendix B) with each layer's window as the number of visible keys.
+        The PaLM convention (arXiv:2204.02311, appendix B) with each layer's window as the number of visible keys. A
+        mixer in attention's place says itself what its recurrence costs: `flops_per_token()`.
         """
-        config = self.config
         weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
-        visible = [
-            min(left, config.sequence_len) if left >= 0 else config.sequence_len for left, _ in self.window_sizes
+        mixing = [
+            self._mixing_flops(block, left) for block, (left, _) in zip(self.blocks, self.window_sizes, strict=True)
         ]
-        return 6 * weights + 12 * config.n_head * config.head_dim * sum(visible)
+        return 6 * weights + sum(mixing)
+
+    def _mixing_flops(self, block: Block, left: int) -> int:
+        """Of one layer, beside its weights; `left`: its window, -1 for everything."""
+        own = getattr(block.attn, "flops_per_token", None)
+        if callable(own):
+            return int(own())  # type: ignore[call-overload]
+        length = self.config.sequence_len
+        return 12 * self.config.n_head * self.config.head_dim * (min(left, length) if left >= 0 else length)
 
     def forward(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,17 +30,19 @@ def build_param_groups(
     *,
     lr_scale: float = 1.0,
     weight_decay: float | None = None,
+    non_matrices: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """Groups for MuonAdamW: one per AdamW role, and one Muon group per shape of the blocks' matrices.
 
     lr_scale: factor for the batch size (`schedule.batch_lr_scale`); as in nanochat it does not touch the smear group.
+    non_matrices: names of 2-D parameters of the blocks that are no matrices in spirit (poles, gates, taps): AdamW too.
     weight_decay: of the matrices; None takes optim_config's. Embedding and head rates also scale with width^-1/2.
     Raises ValueError for a parameter it has no role for.
     """
     roles: dict[str, list[Tensor]] = {name: [] for name in _ADAMW_ROLES}
     matrices: list[Tensor] = []
     for name, parameter in model.named_parameters():
-        role = _role(name, parameter)
+        role = "block_other" if name in non_matrices else _role(name, parameter)
         (matrices if role == "matrix" else roles[role]).append(parameter)
     width = model.get_parameter("lm_head.weight").shape[1]
     rates = _adamw_rates(optim_config, lr_scale, (width / REFERENCE_WIDTH) ** -0.5)
