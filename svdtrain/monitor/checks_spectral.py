@@ -8,7 +8,6 @@ from svdtrain.monitor.findings import (
     WARNING,
     Finding,
     Situation,
-    approaches,
     count,
     names,
     value_of,
@@ -41,7 +40,7 @@ def switch_now(now: Situation, active: bool) -> Finding | None:
 
 def over_limit(now: Situation, active: bool) -> Finding | None:
     slack = 0.5 if active else 0.0  # released half a margin below the limit
-    over = [a for a in approaches(now.view) if a.limit.mode == 0 and a.limit.distance(a.value) < slack * a.limit.margin]
+    over = [a for a in now.approaches if a.limit.mode == 0 and a.limit.distance(a.value) < slack * a.limit.margin]
     if not over or warming_up(now.view):
         return None
     worst = min(over, key=lambda a: a.limit.distance(a.value) / abs(a.limit.bound))
@@ -57,7 +56,7 @@ def switch_imminent(now: Situation, active: bool) -> Finding | None:
     horizon = now.view.svd_interval * (2.0 if active else 1.0)
     soon = [
         a
-        for a in approaches(now.view)
+        for a in now.approaches
         if a.limit.mode == 0 and a.forecast and 0 < a.forecast.steps <= horizon and a.z > (1.5 if active else 2.5)
     ]
     if not soon or warming_up(now.view):
@@ -72,9 +71,7 @@ def switch_imminent(now: Situation, active: bool) -> Finding | None:
 def near_limit(now: Situation, active: bool) -> Finding | None:
     factor = 1.5 if active else 1.0
     near = [
-        a
-        for a in approaches(now.view)
-        if a.limit.mode == 0 and 0 <= a.limit.distance(a.value) <= factor * a.limit.margin
+        a for a in now.approaches if a.limit.mode == 0 and 0 <= a.limit.distance(a.value) <= factor * a.limit.margin
     ]
     if not near or warming_up(now.view):
         return None
@@ -88,7 +85,7 @@ def trend(now: Situation, active: bool) -> Finding | None:
     horizon = 20 * now.view.svd_interval
     moving = [
         a
-        for a in approaches(now.view)
+        for a in now.approaches
         if a.limit.mode == 0
         and a.forecast
         and now.view.svd_interval < a.forecast.steps <= horizon

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
-from svdtrain.monitor.forecast import Forecast, fit_trend, steps_until
+from svdtrain.monitor.forecast import MAX_POINTS, Forecast, fit_trend, steps_until
 from svdtrain.monitor.limits import Limit
 from svdtrain.monitor.view import RunView
 
@@ -21,6 +22,11 @@ class Situation:
     view: RunView
     age_s: float = 0.0
     """Seconds since the last record; 0 inside training."""
+
+    @cached_property
+    def approaches(self) -> list[Approach]:
+        """See the function of that name; computed once for all rules."""
+        return approaches(self.view)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,11 +75,11 @@ def _nearness(approach: Approach) -> tuple[float, float]:
 def _history_in_mode(view: RunView, limit: Limit, layer: str) -> list[tuple[int, float]]:
     """The metric's recent values since the matrix last changed its mode: a trend does not reach across a switch."""
     points: list[tuple[int, float]] = []
-    for snapshot in view.analyses.recent:
-        if round(snapshot.metrics.get("mode", {}).get(layer, 0.0)) != limit.mode:
+    for snapshot in list(view.analyses.recent)[-MAX_POINTS:]:
+        if (snapshot.get("mode", layer) > 0.5) != (limit.mode == 1):
             points.clear()
             continue
-        value = snapshot.metrics.get(limit.metric, {}).get(layer, math.nan)
+        value = snapshot.get(limit.metric, layer)
         if math.isfinite(value):
             points.append((snapshot.step, value))
     return points

@@ -34,7 +34,7 @@ class Limit:
 
     def applies(self, values: dict[str, float]) -> bool:
         """Whether the limit concerns a matrix with these metrics: its mode, and what else is required."""
-        if round(values.get("mode", 0.0)) != self.mode:
+        if (values.get("mode", 0.0) > 0.5) != (self.mode == 1):
             return False
         measured = ((values.get(name, math.nan), bound, above) for name, bound, above in self.requires)
         return all(math.isnan(value) or (value > bound) == above for value, bound, above in measured)
@@ -67,11 +67,12 @@ def limits_of(config: dict[str, Any], metrics: Collection[str]) -> list[Limit]:
             Limit(metric="gradient_lift", bound=calm_lift, margin=RELATIVE_MARGIN * calm_lift, mode=1, above=False),
         ]
     else:
-        found = [Limit(metric="principal_alignment", bound=thresholds.danger, margin=SHARE_MARGIN, mode=0)]
-    back = Limit(
-        metric="reconstruction_error",
-        bound=thresholds.reconstruction,
-        margin=RELATIVE_MARGIN * thresholds.reconstruction,
-        mode=1,
-    )
-    return [limit for limit in [*found, back] if limit.metric in metrics]
+        danger, unsafe = thresholds.danger, thresholds.reconstruction
+        calm = ("principal_alignment", danger, False)  # above it the matrix stays low-rank whatever else holds
+        found = [
+            Limit(metric="principal_alignment", bound=danger, margin=SHARE_MARGIN, mode=0),
+            Limit(
+                metric="reconstruction_error", bound=unsafe, margin=RELATIVE_MARGIN * unsafe, mode=1, requires=(calm,)
+            ),
+        ]
+    return [limit for limit in found if limit.metric in metrics]

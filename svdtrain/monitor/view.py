@@ -10,10 +10,12 @@ from collections import Counter, deque
 from typing import Any
 
 from svdtrain.monitor.limits import Limit, limits_of
-from svdtrain.monitor.series import Analyses, Series, Snapshot, by_metric
+from svdtrain.monitor.series import Analyses, Series, Snapshot
 from svdtrain.runlog import Record, decode_record
 
 SVD_LINE = re.compile(rb'\{"kind": "svd", "step": (\d+), "time": ([\d.eE+-]+), "restart": (\d+)')
+MUST_BE_FINITE = {"train/loss", "train/grad_norm", "val/bpb"}
+HEADER = {"kind", "step", "time", "restart"}
 SCALAR_KINDS = ("train", "eval")
 MAX_EVENTS = 400
 MAX_SERIES = 64  # names of scalar metrics; a log that invents new names without end must not fill the memory
@@ -81,7 +83,7 @@ class RunView:
         if kind in SCALAR_KINDS:
             self._take_scalars(record, step)
         elif kind == "svd":
-            self._take_analysis(Snapshot(step, metrics=by_metric(record)))
+            self._take_analysis(Snapshot(step, record=record))
         elif kind == "switch":
             self._take_switch(record)
         elif kind == "alert":
@@ -154,13 +156,16 @@ class RunView:
             self.clock.add(step, when)
 
     def _take_scalars(self, record: Record, step: int) -> None:
+        scalars = self.scalars
         for name, value in record.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or name in ("step", "time", "restart"):
+            series = scalars.get(name)
+            if series is None:
+                if name in HEADER or not _is_number(value) or len(scalars) >= MAX_SERIES:
+                    continue
+                series = scalars[name] = Series()
+            elif not _is_number(value):
                 continue
-            if name not in self.scalars and len(self.scalars) >= MAX_SERIES:
-                continue
-            self.scalars.setdefault(name, Series()).add(step, value)
-            if not math.isfinite(value) and name in ("train/loss", "train/grad_norm", "val/bpb"):
+            if not series.add(step, value) and name in MUST_BE_FINITE:
                 self.bad_steps.append(step)
 
     def _take_analysis(self, snapshot: Snapshot) -> None:
@@ -188,9 +193,9 @@ class RunView:
         """layer -> metric -> value at the newest analysis."""
         last = self.analyses.last
         values: dict[str, dict[str, float]] = {}
-        for metric, by_layer in last.metrics.items() if last else ():
-            for layer, value in by_layer.items():
-                values.setdefault(layer, {})[metric] = value
+        for metric in last.metrics if last else ():
+            for layer in last.layers(metric):
+                values.setdefault(layer, {})[metric] = last.get(metric, layer)
         return values
 
     @property
@@ -224,12 +229,16 @@ class RunView:
     def num_lowrank(self) -> int:
         """Matrices in low-rank mode at the newest analysis."""
         last = self.analyses.last
-        return sum(value > 0.5 for value in last.metrics.get("mode", {}).values()) if last else 0
+        return sum(last.get("mode", layer) > 0.5 for layer in last.layers("mode")) if last else 0
 
     @property
     def num_resumes(self) -> int:
         """Restarts after the first process."""
         return max(0, self.restart)
+
+
+def _is_number(value: object) -> bool:
+    return value.__class__ is float or value.__class__ is int  # a bool is none
 
 
 def _header(record: Record) -> tuple[int, float, int]:
