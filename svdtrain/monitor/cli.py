@@ -143,11 +143,12 @@ def once(session: Session, arguments: argparse.Namespace) -> int:
     """The state, once."""
     from svdtrain.monitor.live import display_of, make_console
     from svdtrain.monitor.render import plain
-    from svdtrain.monitor.session import status_record
+    from svdtrain.monitor.session import parse_since, status_record
 
     session.poll()
     if session.view.num_records == 0:
         raise NoRun(f"{session.path}: no record that this program can read")
+    parse_since(arguments.since, session.view, time.time())  # a wrong value is said also where nothing uses it
     if arguments.json:
         print(json.dumps(status_record(session)))
         return exit_code(session, arguments.fail_on)

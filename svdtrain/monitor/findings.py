@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 from svdtrain.monitor.forecast import MAX_POINTS, Forecast, fit_trend, steps_until
 from svdtrain.monitor.limits import Limit
@@ -23,10 +22,10 @@ class Situation:
     age_s: float = 0.0
     """Seconds since the last record; 0 inside training."""
 
-    @cached_property
+    @property
     def approaches(self) -> list[Approach]:
-        """See the function of that name; computed once for all rules."""
-        return approaches(self.view)
+        """See the function of that name; computed once for an analysis."""
+        return self.view.memo("approaches", lambda: approaches(self.view))
 
 
 @dataclass(frozen=True, kw_only=True)

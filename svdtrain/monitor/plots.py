@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _levels(points: Sequence[tuple[int, float]], *, num: int) -> list[float | None]:
-    """Mean of the values in each of `num` equal stretches of steps; a stretch without one continues its predecessor."""
+    """Mean of the values in each of `num` equal stretches of steps; a straight line across stretches without one."""
     first, last = points[0][0], points[-1][0]
     span = max(1, last - first)
     sums, counts = [0.0] * num, [0] * num
@@ -73,9 +74,12 @@ def _levels(points: Sequence[tuple[int, float]], *, num: int) -> list[float | No
         column = min(num - 1, (step - first) * num // span)
         sums[column] += value
         counts[column] += 1
-    levels: list[float | None] = []
-    for total, count in zip(sums, counts, strict=True):
-        levels.append(total / count if count else (levels[-1] if levels else None))
+    levels: list[float | None] = [total / count if count else None for total, count in zip(sums, counts, strict=True)]
+    known = [index for index, count in enumerate(counts) if count]
+    for left, right in itertools.pairwise(known):
+        for column in range(left + 1, right):
+            share = (column - left) / (right - left)
+            levels[column] = sums[left] / counts[left] * (1 - share) + sums[right] / counts[right] * share
     return levels
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 CHUNK_BYTES = 1 << 20
+HEAD_BYTES = 128
 MAX_LINE_BYTES = 64 << 20  # a longer line is damage, not a record; without a limit it would grow in memory for ever
 
 
@@ -29,6 +30,7 @@ class LogFollower:
         self.gone = False
         self._offset = 0
         self._identity: tuple[int, int] | None = None
+        self._head = b""
         self._rest = b""
         self._overlong = False
 
@@ -41,7 +43,7 @@ class LogFollower:
             return
         self.gone = False
         with file:
-            self._check_identity(os.fstat(file.fileno()))
+            self._check_identity(os.fstat(file.fileno()), file.read(HEAD_BYTES))
             file.seek(self._offset)
             while chunk := file.read(CHUNK_BYTES):
                 self._offset += len(chunk)
@@ -54,13 +56,14 @@ class LogFollower:
         except OSError:
             return float("inf")
 
-    def _check_identity(self, status: os.stat_result) -> None:
+    def _check_identity(self, status: os.stat_result, head: bytes) -> None:
+        """Inode numbers are reused, also at once, so the first bytes (with the time of the start) are compared too."""
         identity = (status.st_dev, status.st_ino)
         replaced = self._identity is not None and identity != self._identity
-        if replaced or status.st_size < self._offset:
+        if replaced or status.st_size < self._offset or not head.startswith(self._head):
             self.generation += 1
             self._offset, self._rest, self._overlong = 0, b"", False
-        self._identity = identity
+        self._identity, self._head = identity, head
 
     def _split(self, chunk: bytes) -> Iterator[bytes]:
         lines = (self._rest + chunk).split(b"\n")

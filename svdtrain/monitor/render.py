@@ -9,6 +9,7 @@ from svdtrain.monitor.sections import Display
 from svdtrain.monitor.session import Session
 
 WIDE = 130
+MIN_PLOT_HEIGHT = 5
 HELP = "q quit   m metric   l layers   space pause   e explain alerts"
 
 
@@ -23,30 +24,30 @@ def screen(session: Session, width: int, height: int, display: Display, note: st
 
 
 def _narrow(session: Session, width: int, height: int, display: Display) -> list[Text]:
-    """One column: plots side by side, then heatmap, worst layers, switches, alerts."""
+    """One column: plots side by side, then heatmap, worst layers, switches, alerts. Plots take what is left over."""
     alerts = sections.alerts(session, width, max(2, height // 5), display)
-    plot_height = max(4, height // 4)
-    switches = sections.switches(session, width, max(2, height // 7), display)
-    worst = sections.worst(session, width, max(2, height // 6), display)
-    lines = [
-        *_side_by_side(_curves(session, (width - 2) // 2, plot_height, display), (width - 2) // 2),
-        *sections.throughput(session, width, display),
-    ]
-    used = len(lines) + len(worst) + len(switches) + len(alerts) + 1
-    lines += sections.heat(session, width, max(3, height - used), display)
-    return [*lines, *worst, *sections.forecast(session, width, display), *switches, *alerts]
+    switches = sections.switches(session, width, max(2, height // 8), display)
+    worst = sections.worst(session, width, max(3, height // 7), display)
+    forecast = sections.forecast(session, width, display)
+    speed = sections.throughput(session, width, display)
+    rest = height - sum(len(part) for part in (alerts, switches, worst, forecast, speed))
+    heat = sections.heat(session, width, max(3, rest - MIN_PLOT_HEIGHT), display)
+    half = (width - 2) // 2
+    curves = _side_by_side(_curves(session, half, max(MIN_PLOT_HEIGHT, rest - len(heat)), display), half)
+    return [*curves, *speed, *heat, *worst, *forecast, *switches, *alerts]
 
 
 def _wide(session: Session, width: int, height: int, display: Display) -> list[Text]:
     """Two columns: plots and heatmap at the left, tables at the right."""
-    right_width = max(60, min(84, width * 2 // 5))
+    right_width = max(60, min(90, width * 2 // 5))
     left_width = width - right_width - 2
-    plot_height = max(5, height // 4)
-    loss, bpb = _curves(session, left_width, plot_height, display)
-    left = [*loss, *bpb, *sections.throughput(session, left_width, display)]
-    left += sections.heat(session, left_width, height - len(left), display)
+    speed = sections.throughput(session, left_width, display)
+    heat = sections.heat(session, left_width, max(3, (height - len(speed)) // 2), display)
+    plots_height = height - len(speed) - len(heat)
+    loss, bpb = _curves(session, left_width, max(MIN_PLOT_HEIGHT, plots_height // 2), display)
+    left = [*loss, *bpb, *speed, *heat]
     alerts = sections.alerts(session, right_width, max(4, height // 3), display)
-    worst = sections.worst(session, right_width, max(4, height // 4), display)
+    worst = sections.worst(session, right_width, max(4, height // 3), display)
     forecast = sections.forecast(session, right_width, display)
     rest = height - len(alerts) - len(worst) - len(forecast)
     right = [*alerts, *worst, *forecast, *sections.switches(session, right_width, max(2, rest), display)]

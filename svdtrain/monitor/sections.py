@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from rich.text import Text
 
 from svdtrain.monitor import plots
 from svdtrain.monitor.findings import Approach, Situation
+from svdtrain.monitor.forecast import MIN_POINTS
 from svdtrain.monitor.session import Session, choose_metric, matches, metric_column, next_switches, parse_since
 from svdtrain.monitor.state import ENDED, RunState
 
@@ -83,19 +85,17 @@ def header(session: Session, width: int, display: Display) -> list[Text]:
 
 def _numbers(session: Session) -> list[str]:
     view = session.view
+    layers = len(view.analyses.layers())
     values = [
         ("loss {:.4f}", view.series("train/loss_ema", "train/loss").last),
         ("bpb {:.4f}", view.series("val/bpb").last),
+        (f"low-rank {{:.0f}}/{layers}", view.num_lowrank if layers else math.nan),
         ("{:,.0f} tok/s", view.series("train/tok_per_sec").last),
         ("MFU {:.1f} %", view.series("train/mfu").last),
+        ("switches {}", sum(view.switch_counts.values()) if layers else math.nan),
         ("grad {:.3g}", view.series("train/grad_norm").last),
     ]
-    numbers = [form.format(value) for form, value in values if value == value]
-    layers = len(view.analyses.layers())
-    if layers:
-        numbers.append(f"low-rank {view.num_lowrank}/{layers}")
-        numbers.append(f"switches {sum(view.switch_counts.values())}")
-    return numbers
+    return [form.format(value) for form, value in values if value == value]
 
 
 def curve(session: Session, names: Sequence[str], label: str, width: int, height: int, display: Display) -> list[Text]:
@@ -134,6 +134,11 @@ def throughput(session: Session, width: int, display: Display) -> list[Text]:
 
 def heat(session: Session, width: int, height: int, display: Display) -> list[Text]:
     """Layer x time of the chosen metric."""
+    key = ("heat", width, height, display, first_step(session, display))
+    return session.view.memo(key, lambda: _heat(session, width, height, display))
+
+
+def _heat(session: Session, width: int, height: int, display: Display) -> list[Text]:
     view = session.view
     metric = choose_metric(view, display.metric)
     since = first_step(session, display)
@@ -171,42 +176,64 @@ def _heat_title(
 
 
 def _cells(cells: Sequence[float], width: int, display: Display) -> Text:
-    """Cells stretched to the whole width, in colour or as shades."""
+    """Cells stretched to the whole width, in colour or as shades; equal neighbours as one piece, which draws faster."""
+    marks = [_mark(cells[x * len(cells) // width], display) for x in range(width)]
     text = Text(style="not dim", no_wrap=True)
-    shades = plots.ASCII_SHADES if display.ascii_only else plots.SHADES
-    for x in range(width):
-        value = cells[x * len(cells) // width]
-        if value != value:
-            text.append(" ")
-        elif display.colour:
-            colour = plots.HEAT_COLOURS[min(7, int(value * 8))]
-            text.append("#" if display.ascii_only else "█", style=colour)
-        else:
-            text.append(shades[min(len(shades) - 1, 1 + int(value * (len(shades) - 1)))])
+    for (mark, style), run in itertools.groupby(marks):
+        text.append(mark * len(list(run)), style=style)
     return text
 
 
+def _mark(value: float, display: Display) -> tuple[str, str]:
+    """Character and style of one cell."""
+    if value != value:
+        return " ", ""
+    if display.colour:
+        return "#" if display.ascii_only else "█", plots.HEAT_COLOURS[min(7, int(value * 8))]
+    shades = plots.ASCII_SHADES if display.ascii_only else plots.SHADES
+    return shades[min(len(shades) - 1, 1 + int(value * (len(shades) - 1)))], ""
+
+
 def worst(session: Session, width: int, height: int, display: Display) -> list[Text]:
-    """The matrices nearest to a limit: mode, rank, value, forecast."""
-    approaches = [a for a in Situation(view=session.view).approaches if matches(a.layer, display.layers)]
-    nearest: dict[str, Approach] = {}
-    for approach in sorted(approaches, key=lambda a: a.limit.distance(a.value) / abs(a.limit.bound or 1.0)):
+    """The matrices nearest to a limit: mode, rank, value, forecast. Then those that no limit concerns any more."""
+    return session.view.memo(("worst", width, height, display), lambda: _worst(session, width, height, display))
+
+
+def _worst(session: Session, width: int, height: int, display: Display) -> list[Text]:
+    view = session.view
+    values = view.layer_values()
+    approaches = sorted(
+        Situation(view=view).approaches, key=lambda a: a.limit.distance(a.value) / abs(a.limit.bound or 1)
+    )
+    nearest: dict[str, Approach | None] = {}
+    for approach in approaches:
         nearest.setdefault(approach.layer, approach)
-    if not nearest:
+    judged = next((limit.metric for limit in view.limits()), "")
+    for layer in sorted(values, key=lambda name: -values[name].get(judged, -math.inf)):
+        nearest.setdefault(layer, None)
+    shown = {layer: a for layer, a in nearest.items() if matches(layer, display.layers)}
+    if not shown or not judged:
         return [title("worst layers: nothing to compare with a limit yet", width, display)]
-    values = session.view.layer_values()
     lines = [title("worst layers: value, limit, steps to it (80 %)", width, display)]
-    name_width = min(26, max(len(plots.short_name(name)) for name in nearest))
-    for layer, approach in list(nearest.items())[: height - 1]:
-        mode = "low " if values[layer].get("mode", 0) > 0.5 else "full"
-        beyond = approach.limit.distance(approach.value) < 0
-        line = Text(f"{plots.short_name(layer)[-name_width:]:<{name_width}} {mode} ", no_wrap=True)
-        line.append(f"r={values[layer].get('r', math.nan):<5.0f}", style="dim")
-        line.append(f"{approach.limit.metric} ")
-        line.append(f"{approach.value:.3g}", style="bold red" if beyond and approach.limit.mode == 0 else "bold")
-        line.append(f" {'>' if approach.limit.above else '<'}{approach.limit.bound:.3g}? ", style="dim")
-        lines.append(fit(line.append(_steps_of(approach)), width, display))
+    name_width = min(26, max(len(plots.short_name(name)) for name in shown))
+    for layer, found in list(shown.items())[: height - 1]:
+        line = Text(f"{plots.short_name(layer)[-name_width:]:<{name_width}} ", no_wrap=True)
+        line.append("low " if values[layer].get("mode", 0) > 0.5 else "full")
+        line.append(f" r={values[layer].get('r', math.nan):<5.0f}", style="dim")
+        line.append_text(
+            _approach_text(found) if found else Text(f"{judged} {values[layer].get(judged, math.nan):.3g}")
+        )
+        lines.append(fit(line, width, display))
     return lines
+
+
+def _approach_text(approach: Approach) -> Text:
+    limit = approach.limit
+    beyond = limit.distance(approach.value) < 0 and limit.mode == 0
+    text = Text(f"{limit.metric} ")
+    text.append(f"{approach.value:.3g}", style="bold red" if beyond else "bold")
+    text.append(f" {'>' if limit.above else '<'}{limit.bound:.3g}? ", style="dim")
+    return text.append(_steps_of(approach))
 
 
 def _steps_of(approach: Approach) -> str:
@@ -237,19 +264,23 @@ def switches(session: Session, width: int, height: int, display: Display) -> lis
 
 
 def forecast(session: Session, width: int, display: Display) -> list[Text]:
-    """One line: the next switch that the trends foretell."""
+    """One line: the next switch that the trends foretell, if it comes before the end of the run."""
+    view = session.view
     ahead = next_switches(session, 1)
     text = Text("next switch: ", style="dim")
-    if ahead:
+    remaining = view.num_iterations - view.step if view.num_iterations else math.inf
+    if session.state in ENDED:
+        text.append("the run has ended")
+    elif ahead and ahead[0]["steps"] <= remaining:
         first = ahead[0]
         latest = f"{first['latest']:,}" if first["latest"] is not None else "never"
         text.append(f"{plots.short_name(first['layer'])} {display.arrow} {first['to']}", style="not dim bold")
-        told = f" in about {first['steps']:,} steps (80 %: {first['earliest']:,} to {latest})"
+        told = f" in ~{first['steps']:,} steps (80 %: {first['earliest']:,}..{latest})"
         text.append(told, style="not dim")
-    elif len(session.view.analyses.recent) < 5:
-        text.append(f"needs 5 analyses, has {len(session.view.analyses.recent)}")
+    elif len(view.analyses.recent) < MIN_POINTS:
+        text.append(f"needs {MIN_POINTS} analyses, has {len(view.analyses.recent)}")
     else:
-        text.append("no trend towards a limit")
+        text.append("none in sight before the end of the run" if ahead else "no trend towards a limit")
     return [fit(text, width, display)]
 
 

@@ -7,7 +7,8 @@ import math
 import re
 import statistics
 from collections import Counter, deque
-from typing import Any
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
 
 from svdtrain.monitor.limits import Limit, limits_of
 from svdtrain.monitor.series import Analyses, Series, Snapshot
@@ -18,6 +19,8 @@ MUST_BE_FINITE = {"train/loss", "train/grad_norm", "val/bpb"}
 HEADER = {"kind", "step", "time", "restart"}
 SCALAR_KINDS = ("train", "eval")
 MAX_EVENTS = 400
+MAX_MEMO = 16
+T = TypeVar("T")
 MAX_SERIES = 64  # names of scalar metrics; a log that invents new names without end must not fill the memory
 
 
@@ -53,6 +56,7 @@ class RunView:
         self.bad_steps: deque[int] = deque(maxlen=64)
         self.full_ranks: dict[str, int] = {}
         self._seen: dict[tuple[str, str], int] = {}
+        self._memo: dict[Hashable, Any] = {}
 
     # --- feeding ---
 
@@ -111,6 +115,7 @@ class RunView:
         for series in (*self.scalars.values(), self.clock):
             series.truncate(step)
         self.analyses.truncate(step)
+        self._memo.clear()
         for events in (self.switches, self.alerts):
             while events and events[-1].get("step", 0) > step:
                 dropped = events.pop()
@@ -170,6 +175,7 @@ class RunView:
 
     def _take_analysis(self, snapshot: Snapshot) -> None:
         self.analyses.add(snapshot)
+        self._memo.clear()
 
     def _take_switch(self, record: Record) -> None:
         self.switches.append(record)
@@ -180,6 +186,14 @@ class RunView:
             self.full_ranks[layer] = full
 
     # --- looking ---
+
+    def memo(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """Something computed from the analyses, kept until the next one: a screen is drawn far more often."""
+        if key not in self._memo:
+            if len(self._memo) >= MAX_MEMO:
+                self._memo.clear()
+            self._memo[key] = compute()
+        return self._memo[key]
 
     def series(self, *names: str) -> Series:
         """The first of these metrics that the run has, else an empty series."""
