@@ -64,6 +64,21 @@ def read_records(path: Path) -> Iterator[Record]:
                 yield record
 
 
+def surviving_records(path: Path) -> Iterator[Record]:
+    """Records that count: of a step that was repeated after a resume only the newest, in the order of the file."""
+    starts = [
+        (int(r.get("restart", 0)), int(r.get("step", 0)))
+        for r in read_records(path)
+        if r["kind"] in ("start", "resume")
+    ]
+    last_step = {
+        restart: min((step for later, step in starts if later > restart), default=math.inf) for restart, _ in starts
+    }
+    for record in read_records(path):
+        if record.get("step", 0) <= last_step.get(record.get("restart", 0), math.inf):
+            yield record
+
+
 def atomic_write_text(path: Path, text: str) -> None:
     """Write a file so that a reader, or a crash, sees either the old content or the new one."""
     temporary = path.with_name(f".{path.name}.tmp.{os.getpid()}")

@@ -31,7 +31,7 @@ class RunView:
     record that repeats restart, kind and step is a duplicate.
     """
 
-    def __init__(self, config: dict[str, Any] | None = None) -> None:
+    def __init__(self, config: dict[str, Any] | None = None, *, max_events: int = MAX_EVENTS) -> None:
         self.config = config or {}
         self.step = 0
         self.restart = -1
@@ -42,10 +42,9 @@ class RunView:
         self.times: deque[tuple[int, float]] = deque(maxlen=256)
         self.clock = Series(512)
         self.analyses = Analyses()
-        self.analysis_seconds: deque[float] = deque(maxlen=64)
-        self.switches: deque[Record] = deque(maxlen=MAX_EVENTS)
+        self.switches: deque[Record] = deque(maxlen=max_events)
         self.switch_counts: Counter[str] = Counter()
-        self.alerts: deque[Record] = deque(maxlen=MAX_EVENTS)
+        self.alerts: deque[Record] = deque(maxlen=max_events)
         self.restarts: list[tuple[int, int]] = []
         self.last_checkpoint: Record | None = None
         self.last_time = 0.0

@@ -60,7 +60,11 @@ class WandbSource:
 
 def records_of(row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """One wandb row, which may hold metrics of several kinds, as records."""
-    header = {"step": int(row.get("_step", 0)), "time": float(row.get("_timestamp", 0.0)), "restart": 0}
+    header = {
+        "step": int(row.get("step") or row.get("_step", 0)),
+        "time": float(row.get("_timestamp", 0.0)),
+        "restart": 0,
+    }
     fields: dict[str, dict[str, Any]] = {}
     for key, value in row.items():
         if "/" in key and isinstance(value, (int, float)):
