@@ -16,6 +16,7 @@ MAX_POINTS = 2048
 MAX_SNAPSHOTS = 256
 NUM_RECENT = 32
 MAX_SCHEMAS = 16
+SVD_LINE_START = b'{"kind": "svd"'  # how our own writer begins it
 
 
 class Series:
