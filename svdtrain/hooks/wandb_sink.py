@@ -110,9 +110,10 @@ class WandbSink(Hook):
 
 def effective_mode(mode: Mode) -> Mode:
     """The more cautious of the setting and WANDB_MODE."""
-    order: tuple[Mode, ...] = ("disabled", "offline", "online")
-    wanted = os.environ.get("WANDB_MODE", "online")
-    return min(mode, wanted if wanted in order else "online", key=order.index)  # type: ignore[arg-type]
+    wanted = os.environ.get("WANDB_MODE", "")
+    if "disabled" in (mode, wanted):
+        return "disabled"
+    return "offline" if "offline" in (mode, wanted) else "online"
 
 
 def has_login(module: Any) -> bool:

@@ -206,7 +206,9 @@ class RunView:
         """layer -> metric -> value at the newest analysis."""
         last = self.analyses.last
         values: dict[str, dict[str, float]] = {}
-        for metric in last.metrics if last else ():
+        if last is None:
+            return values
+        for metric in last.metrics:
             for layer in last.layers(metric):
                 values.setdefault(layer, {})[metric] = last.get(metric, layer)
         return values

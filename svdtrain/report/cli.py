@@ -9,9 +9,9 @@ from pathlib import Path
 
 from svdtrain.monitor.reader import NoRun, find_run
 
-DESCRIPTION = """One self-contained HTML page about one run, or comparing several: ranks, principal shares and lifts with
-their chance level, clobbering events, modes, loss and bits per byte at equal tokens and equal time, throughput and analysis
-cost, alerts, configuration. The page needs no network and runs no script."""
+DESCRIPTION = """One self-contained HTML page about one run, or comparing several: ranks, principal shares and lifts
+with their chance level, clobbering events, modes, loss and bits per byte at equal tokens and equal time, throughput
+and analysis cost, alerts, configuration. The page needs no network and runs no script."""
 
 
 def build_parser() -> argparse.ArgumentParser:

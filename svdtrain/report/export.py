@@ -31,8 +31,10 @@ def write_png(parts: Sequence[tuple[str, str, Sequence[Figure]]], directory: Pat
         for figure in figures:
             height = 3.4 if isinstance(figure, LineFigure) else min(9.0, max(2.6, 0.11 * len(figure.layers)))
             canvas, axes = pyplot.subplots(figsize=(6, height), layout="constrained")
-            draw = _draw_lines if isinstance(figure, LineFigure) else _draw_raster
-            draw(canvas, axes, figure)
+            if isinstance(figure, LineFigure):
+                _draw_lines(axes, figure)
+            else:
+                _draw_raster(canvas, axes, figure)
             axes.set_title(f"{figure.title} ({heading})", fontsize=10)
             canvas.savefig(directory / f"{prefix}-{figure.key}.png", dpi=200)
             pyplot.close(canvas)
@@ -40,10 +42,10 @@ def write_png(parts: Sequence[tuple[str, str, Sequence[Figure]]], directory: Pat
     return count
 
 
-def _draw_lines(canvas, axes, figure: LineFigure) -> None:
+def _draw_lines(axes, figure: LineFigure) -> None:
     for line in figure.lines:
         if line.rank is not None:
-            colour = tuple(value / 255 for value in colour_at(0.1 + 0.75 * line.rank))
+            colour = tuple(value / 255 for value in colour_at(0.28 + 0.54 * line.rank))
             axes.plot(line.x, line.y, color=colour, linewidth=0.8)
             continue
         (drawn,) = axes.plot(line.x, line.y, label=line.name, linestyle="--" if line.dashed else "-")

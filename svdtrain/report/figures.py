@@ -43,6 +43,8 @@ class LineFigure:
     events: list[float] = field(default_factory=list)
     """x of vertical marks."""
     event_name: str = ""
+    from_zero: bool = False
+    """Let the y axis begin at 0, where only the proportion matters."""
 
     def to_csv(self) -> str:
         """line,x,y,low,high"""
@@ -103,18 +105,20 @@ def comparison_figures(runs: list[RunData]) -> list[Figure]:
         return lambda run: run.view.series(name)
 
     bpb, loss, speed = of("val/bpb"), of("train/loss_ema"), of("train/tok_per_sec")
-    figures = [
+    figures: list[Figure] = [
         _over_tokens("bpb_tokens", "Validation at equal tokens", "val bpb", bpb, runs, "Lower is better."),
         _over_hours("bpb_time", "Validation at equal time", "val bpb", bpb, runs),
         _over_tokens("loss_tokens", "Training loss at equal tokens", "loss, nats", loss, runs, "Exponential mean."),
-        _over_tokens("throughput", "Throughput", "tokens per second", speed, runs, _cost_text(runs)),
+        replace(
+            _over_tokens("throughput", "Throughput", "tokens per second", speed, runs, _cost_text(runs)), from_zero=True
+        ),
     ]
     probes = sorted({name for run in runs for name in run.view.scalars if _is_probe(name)})
     figures += [
         _over_tokens(f"probe_{name.replace('/', '_')}", f"Forgetting probe: {name}", name, of(name), runs, PROBE_TEXT)
         for name in probes
     ]
-    return [figure for figure in figures if figure.lines]
+    return [figure for figure in figures if _has_numbers(figure)]
 
 
 PROBE_TEXT = "Loss on first-seen text that is not trained on any more; a rise is forgetting."
@@ -172,7 +176,13 @@ def run_figures(run: RunData) -> list[Figure]:
     figures += [_raster(run, snapshots, name) for name in judged]
     rest = [name for name in metrics if name not in {*shares, *lifts, "r", "mode", "r_next"}]
     figures += [_band_figure(run, snapshots, name) for name in rest]
-    return [figure for figure in figures if isinstance(figure, RasterFigure) or figure.lines]
+    return [figure for figure in figures if _has_numbers(figure)]
+
+
+def _has_numbers(figure: Figure) -> bool:
+    if isinstance(figure, RasterFigure):
+        return any(math.isfinite(value) for row in figure.values for value in row)
+    return any(math.isfinite(value) for line in figure.lines for value in line.y)
 
 
 def clobbering_steps(run: RunData) -> list[float]:

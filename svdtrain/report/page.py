@@ -9,12 +9,12 @@ import statistics
 import time
 from collections.abc import Sequence
 from html import escape
-from pathlib import Path
 from typing import Any
 
 from svdtrain.monitor.rules import RULES
 from svdtrain.report.figures import Figure, comparison_figures, run_figures
 from svdtrain.report.load import RunData
+from svdtrain.report.style import CSS
 from svdtrain.report.svg import draw, legend
 
 MAX_ALERTS = 100
@@ -34,11 +34,10 @@ def all_figures(runs: Sequence[RunData]) -> list[tuple[str, str, list[Figure]]]:
 def build_page(runs: Sequence[RunData]) -> str:
     """The whole document."""
     parts = all_figures(runs)
-    names = ", ".join(run.name for run in runs)
+    names, made = ", ".join(run.name for run in runs), time.strftime("%Y-%m-%d %H:%M")
     body = [
         f"<h1>Training report: {escape(names)}</h1>",
-        f'<p class="soft">Made {time.strftime("%Y-%m-%d %H:%M")} by svd-report from metrics.jsonl. Every figure has its '
-        "numbers as CSV.</p>",
+        f'<p class="soft">Made {made} by svd-report. Every figure has its numbers as CSV.</p>',
         _summary(runs),
         _section(*parts[0]),
     ]
@@ -46,12 +45,11 @@ def build_page(runs: Sequence[RunData]) -> str:
         body.append(_differences(runs))
     for run, part in zip(runs, parts[1:], strict=True):
         body += [_section(*part, lead=_lead(run)), _switch_table(run), _alert_table(run), _configuration(run)]
-    css = (Path(__file__).parent / "page.css").read_text()
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
-        f"<title>svdtrain: {escape(names)}</title><style>{css}</style></head>"
+        f"<title>svdtrain: {escape(names)}</title><style>{CSS}</style></head>"
         f"<body><main>{''.join(body)}</main></body></html>\n"
     )
 

@@ -89,7 +89,7 @@ def _lines(figure: LineFigure) -> str:
 def _y_range(figure: LineFigure) -> tuple[float, float]:
     """All of the data; the highest 1 % only where they do not dwarf the rest. Near limits are kept in sight."""
     ys = sorted(v for line in figure.lines for pair in _extremes(line) for v in pair if math.isfinite(v)) or [0.0, 1.0]
-    low, high = ys[0], ys[-1]
+    low, high = min(ys[0], 0.0) if figure.from_zero else ys[0], ys[-1]
     robust = ys[math.ceil(0.99 * (len(ys) - 1))]
     if high - low > 4 * (robust - low) > 0:
         high = robust
@@ -112,7 +112,7 @@ def _line(line: Line, colour: int, px, py) -> str:
     title = f"<title>{escape(line.name)}</title>"
     path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
     if line.rank is not None:
-        red, green, blue = colour_at(0.1 + 0.75 * line.rank)
+        red, green, blue = colour_at(0.28 + 0.54 * line.rank)
         return f'<path class="layer" style="stroke:rgb({red},{green},{blue})" d="{path}">{title}</path>'
     band = ""
     if line.band:
@@ -211,7 +211,7 @@ def _raster(figure: RasterFigure) -> tuple[str, int]:
         y = TOP + (index + 0.5) * row + 3
         parts.append(f'<text class="row-name" x="{left - 5}" y="{y:.1f}">{escape(figure.layers[index])}</text>')
     for share in (0.0, 0.5, 1.0):
-        step = figure.steps[round(share * (len(figure.steps) - 1))]
+        step = round(figure.steps[0] + share * (figure.steps[-1] - figure.steps[0]))
         anchor = {0.0: "start", 0.5: "middle", 1.0: "end"}[share]
         parts.append(
             f'<text class="x-tick" style="text-anchor:{anchor}" x="{left + share * width}" '
