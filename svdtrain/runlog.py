@@ -40,6 +40,8 @@ def decode_record(line: str) -> Record | None:
         return None
     if not isinstance(record, dict) or "kind" not in record:
         return None
+    if '"nan"' not in line and 'inf"' not in line:
+        return record  # nearly every line; a look at each of two thousand values would cost as much as parsing them
     return {key: NON_FINITE.get(value, value) if isinstance(value, str) else value for key, value in record.items()}
 
 
@@ -60,6 +62,21 @@ def read_records(path: Path) -> Iterator[Record]:
             record = decode_record(line) if line.endswith("\n") else None
             if record is not None:
                 yield record
+
+
+def surviving_records(path: Path) -> Iterator[Record]:
+    """Records that count: of a step that was repeated after a resume only the newest, in the order of the file."""
+    starts = [
+        (int(r.get("restart", 0)), int(r.get("step", 0)))
+        for r in read_records(path)
+        if r["kind"] in ("start", "resume")
+    ]
+    last_step = {
+        restart: min((step for later, step in starts if later > restart), default=math.inf) for restart, _ in starts
+    }
+    for record in read_records(path):
+        if record.get("step", 0) <= last_step.get(record.get("restart", 0), math.inf):
+            yield record
 
 
 def atomic_write_text(path: Path, text: str) -> None:

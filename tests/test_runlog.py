@@ -5,7 +5,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from svdtrain.runlog import RunDirectory, decode_record, encode_record, newest_run, read_records
+from svdtrain.runlog import RunDirectory, decode_record, encode_record, newest_run, read_records, surviving_records
 
 VALUES = st.one_of(st.integers(-(2**53), 2**53), st.floats(allow_nan=False), st.text(), st.booleans())
 
@@ -62,3 +62,13 @@ def test_a_reading_rank_writes_nothing(tmp_path) -> None:
     run.open_metrics()
     run.append("train", 1)
     assert not (tmp_path / "run").exists()
+
+
+def test_only_the_newest_of_repeated_steps_survives(tmp_path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    written = [("start", 0, 0), ("train", 1, 0), ("train", 2, 0), ("train", 3, 0)]
+    written += [("resume", 2, 1), ("train", 3, 1), ("train", 4, 1), ("resume", 1, 2), ("train", 2, 2)]
+    lines = [encode_record({"kind": kind, "step": step, "restart": restart}) for kind, step, restart in written]
+    path.write_text("\n".join(lines) + "\n")
+    kept = [(r["step"], r["restart"]) for r in surviving_records(path) if r["kind"] == "train"]
+    assert kept == [(1, 0), (2, 2)]
