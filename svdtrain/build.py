@@ -17,11 +17,13 @@ from ssm_blocks.mixer import non_matrix_parameters
 from svdtrain.config import ModelConfig, RunConfig
 from svdtrain.data.stream import PreparedData, TokenStream, prepare, validation_batches
 from svdtrain.hooks.adaptive_svd import AdaptiveSVDHook
+from svdtrain.hooks.alerts import AlertRules, Notifier
 from svdtrain.hooks.console import ConsoleSink
 from svdtrain.hooks.guards import NonFiniteGuard
 from svdtrain.hooks.sample import SampleText
 from svdtrain.hooks.sinks import JsonlSink
 from svdtrain.hooks.train_log import TrainLog
+from svdtrain.hooks.wandb_sink import WandbSink
 from svdtrain.model import GPT, GPTConfig, hardware_dtype
 from svdtrain.model.attention import CausalSelfAttention, MixerFactory
 from svdtrain.optim.muon_adamw import MuonAdamW
@@ -137,9 +139,14 @@ def build_hooks(config: RunConfig, model: GPT, device: torch.device, world: Worl
         hooks.append(AdaptiveSVDHook(config.svd))
     peak_flops = world.size * _peak_flops(device)
     hooks.append(TrainLog(flops_per_token=model.estimate_flops_per_token(), peak_flops=peak_flops))
+    log = config.log
+    notifier = Notifier(command=log.alert_command, webhook=log.alert_webhook, level=log.alert_level)
+    hooks.append(AlertRules(notifier if log.alert_command or log.alert_webhook else None))
     prompts = PROMPTS.get(config.data.data, DEFAULT_PROMPTS)
     hooks.append(SampleText(prompts, every=config.train.sample_every))
     hooks.append(JsonlSink())
+    if log.wandb != "disabled":
+        hooks.append(WandbSink(log.wandb, project=log.wandb_project))
     if world.is_main:
         hooks.append(ConsoleSink(console))
     return hooks

@@ -82,11 +82,11 @@ class OptimConfig:
     """Muon learning rate of the matrices."""
     embedding_lr: float = 0.3
     """AdamW learning rate of the embeddings."""
-    unembedding_lr: float = 0.008
+    unembedding_lr: float = advanced(0.008)
     """AdamW learning rate of the output head."""
     scalar_lr: float = advanced(0.5)
     """AdamW learning rate of the residual scalars."""
-    weight_decay: float = 0.28
+    weight_decay: float = advanced(0.28)
     """Cautious weight decay of the matrices."""
     warmup_steps: int = advanced(40)
     """Linear warm-up of the learning rate, in steps."""
@@ -217,6 +217,22 @@ class SVDConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """Where records and alerts go beside metrics.jsonl."""
+
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    """Mirror of the log on Weights & Biases. The local log stays the truth."""
+    wandb_project: str = advanced("svdtrain")
+    """Project of the mirror."""
+    alert_command: str = advanced("")
+    """Command run for each alert from `alert_level` on; the alert is in its environment and, as JSON, on its input."""
+    alert_webhook: str = advanced("")
+    """URL that gets these alerts as JSON."""
+    alert_level: Literal["INFO", "WARNING", "CRITICAL"] = advanced("CRITICAL")
+    """Lowest level that the command and the webhook hear of."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything a run needs; saved as config.json in its directory."""
 
@@ -225,6 +241,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     svd: SVDConfig = field(default_factory=SVDConfig)
+    log: LogConfig = field(default_factory=LogConfig)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain dictionaries, ready for JSON."""

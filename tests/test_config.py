@@ -7,6 +7,7 @@ import pytest
 from svdtrain.config import (
     PRESETS,
     DataConfig,
+    LogConfig,
     ModelConfig,
     OptimConfig,
     RunConfig,
@@ -15,7 +16,7 @@ from svdtrain.config import (
     defaults_for_depth,
 )
 
-GROUPS = (ModelConfig, DataConfig, OptimConfig, TrainConfig, SVDConfig)
+GROUPS = (ModelConfig, DataConfig, OptimConfig, TrainConfig, SVDConfig, LogConfig)
 
 
 def test_round_trip() -> None:

@@ -85,7 +85,7 @@ def test_resume_refuses_another_configuration(tmp_path) -> None:
     check_resumable(RunConfig().to_dict(), RunConfig(), tmp_path)
 
 
-@pytest.mark.parametrize("command", ["monitor", "report", "launch"])
+@pytest.mark.parametrize("command", ["launch"])
 def test_commands_that_are_not_built_say_so_in_one_line(command: str, capsys) -> None:
     module = __import__(f"svdtrain.{command}.cli", fromlist=["main"])
     assert module.main() == 2

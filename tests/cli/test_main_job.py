@@ -119,8 +119,8 @@ def test_nan_loss_is_vetoed_recorded_and_stops_after_three(tmp_path, corpus, cap
     monkeypatch.setattr(GPT, "forward", broken)
     assert main(arguments(tmp_path, corpus, "--save-every", "10")) == 1
     run = tmp_path / "run"
-    alerts = [r for r in records(run, "alert") if r["level"] == "CRITICAL"]
-    assert len(alerts) == 3
+    alerts = [r for r in records(run, "alert") if r["rule"] == "non_finite"]
+    assert [r["level"] for r in alerts] == ["CRITICAL"] * 3
     assert len(records(run, "train")) == 10  # no untaken step is logged as a taken one
     assert "non-finite" in records(run, "end")[-1]["reason"]
     assert "last good checkpoint: " in capsys.readouterr().out.replace("\n", "")
@@ -141,7 +141,7 @@ def test_full_disk_while_saving_loses_nothing(tmp_path, corpus, capsys, monkeypa
     monkeypatch.setattr(checkpoint, "_write_torch", full)
     assert main(arguments(tmp_path, corpus, "--save-every", "10")) == 0  # the run goes on, later saves succeed
     run = tmp_path / "run"
-    assert [r["rule"] for r in records(run, "alert")] == ["checkpoint_failed"]
+    assert [r["rule"] for r in records(run, "alert")].count("checkpoint_failed") == 1
     assert (run / "checkpoints" / "latest").read_text() == "step_000040\n"
 
 
