@@ -50,9 +50,11 @@ class Job:
 
 @dataclass(frozen=True, eq=False)
 class RowResult:
-    """New basis of one matrix (no batch dimension), the weight it belongs to, and its row of SLOW_COLUMNS."""
+    """New basis of one matrix (no batch dimension), its spectrum on the host, the weight it belongs to, and its row of
+    SLOW_COLUMNS."""
 
     basis: Basis
+    host_spectrum: Tensor
     weight: Tensor
     table: list[float]
     exact: bool
@@ -90,7 +92,7 @@ def _run_parts(job: Job) -> dict[str, RowResult]:
 def _failed(part: Part, i: int) -> RowResult:
     old = Basis(part.old.U[i], part.old.S[i], part.old.V[i], part.old.spectrum[i])
     table = [0.0] * len(SLOW_COLUMNS)
-    return RowResult(old, part.W[i], table, exact=False, ok=False, skipped=False, first=part.first[i])
+    return RowResult(old, torch.zeros(0), part.W[i], table, exact=False, ok=False, skipped=False, first=part.first[i])
 
 
 def _split(part: Part, skip_tolerance: float) -> list[tuple[list[int], bool]]:
@@ -122,9 +124,10 @@ def _analyse(part: Part, rows: list[int], skipped: bool, job: Job) -> dict[str, 
     }  # fmt: skip
     table = slow_statistics(work, new, dW, norm, _take(part.cut, rows), part.max_cut, quality).tolist()
     stored = Basis(*(t.to(old.S.dtype) for t in (new.U, new.S, new.V, new.spectrum)))
+    on_host = stored.spectrum.float().cpu()
     return {
         part.names[i]: RowResult(
-            basis=Basis(stored.U[j], stored.S[j], stored.V[j], stored.spectrum[j]),
+            basis=Basis(stored.U[j], stored.S[j], stored.V[j], stored.spectrum[j]), host_spectrum=on_host[j].clone(),
             weight=part.W[i], table=table[j], exact=bool(exact[j]), ok=table[j][0] > 0,
             skipped=skipped, first=part.first[i],
         )

@@ -28,6 +28,7 @@ class Row:
     valid: bool = False  # a basis is there
     filled: int = 0  # columns of the stack that hold a basis; fewer than its width after k grew
     exact_next: bool = True
+    host_spectrum: Tensor | None = None  # float32 [g] on the host
 
     @property
     def cut_now(self) -> int:

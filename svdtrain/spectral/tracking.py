@@ -167,7 +167,8 @@ class SubspaceTracker:
                 interval *= self.settings.exact_interval_factor
             groups = min(self.settings.stagger, len(rows), interval)
             turn = step + self.settings.offset + row.index % groups * interval // groups
-            if row.analysed_at < 0 or turn % interval == 0:
+            # A basis that was installed just now, out of turn, is left to age for a while.
+            if row.analysed_at < 0 or (turn % interval == 0 and step - row.analysed_at >= interval // 2):
                 names.append(name)
         return names
 
@@ -198,6 +199,11 @@ class SubspaceTracker:
         """Finished reports, oldest first; never waits. Kinds "fast" and "slow"."""
         return self._queue.poll()
 
+    def take(self, before: int) -> list[Report]:
+        """The reports of steps before `before`, waiting for these alone: what comes depends on no timing."""
+        self.settle()
+        return self._queue.take(before)
+
     def flush(self) -> list[Report]:
         """All reports, waiting for what is under way."""
         self.settle()
@@ -219,6 +225,19 @@ class SubspaceTracker:
         bucket, i = self._store.where[name]
         return bucket.spectrum[i]
 
+    def host_spectrum(self, name: str) -> Tensor:
+        """`spectrum` as it was adopted, float32 on the host, without waiting for the device."""
+        self.settle()
+        S = self._store.rows[name].host_spectrum
+        if S is None:
+            raise LookupError(f"{name} has no basis yet")
+        return S
+
+    def analysed_at(self, name: str) -> int:
+        """Step of the last analysis; -1 before the first."""
+        self.settle()
+        return self._store.rows[name].analysed_at
+
     def request_exact(self, names: Iterable[str]) -> None:
         """The next analysis of these is exact."""
         for name in names:
@@ -236,6 +255,7 @@ class SubspaceTracker:
         self._store.write(name, basis, weight.detach())
         row = self._store.rows[name]
         row.age, row.analysed_at, row.exact_next = 0, step, False
+        row.host_spectrum = decomposition.S.float().cpu()
 
     def memory_bytes(self) -> dict[str, int]:
         """Bytes held per kind: bases, their principal part as the fast lane wants it, spectra, references, scratch."""
@@ -318,6 +338,7 @@ class SubspaceTracker:
         if result.skipped:
             row.age += 1
             return
+        row.host_spectrum = result.host_spectrum
         with torch.no_grad():
             self._store.write(name, result.basis, result.weight)
         if result.exact:
