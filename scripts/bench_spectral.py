@@ -20,15 +20,17 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from svdtrain.spectral import lanes, metrics, null
+from svdtrain.spectral import lanes, metrics, null, subspace
+from svdtrain.spectral.analysis import RowResult, run_job
 from svdtrain.spectral.decompose import Decomposition, decompose_batch, decompose_many
-from svdtrain.spectral.subspace import RITZ_WAYS, RitzWay, ritz_rotation, warm_step, warm_steps
+from svdtrain.spectral.subspace import RITZ_WAYS, RitzWay, ritz_rotation, warm_steps
 from svdtrain.spectral.tracking import SubspaceTracker, TrackerSettings
 
 STEP_MS = 3240.0  # a depth-20 step of 524,288 tokens on one H200
@@ -224,38 +226,103 @@ def exact_rho(bench: Bench, k: int) -> float:
     return float(null.rotation_ratio(metrics.sin_theta_squared(U, new), expected).mean())
 
 
+def named(bench: Bench) -> tuple[list[str], dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Names, weights before and after the update, and gradients."""
+    names = [f"w{i}" for i in range(bench.num)]
+    tensors = (bench.weights, bench.after, bench.gradients)
+    return names, *(dict(zip(names, some, strict=True)) for some in tensors)  # type: ignore[return-value]
+
+
+def installed(bench: Bench, k: int, **settings: Any) -> SubspaceTracker:
+    """A tracker that knows the exact bases of the weights before the update."""
+    names, weights, _, _ = named(bench)
+    tracker = SubspaceTracker(weights, dict.fromkeys(names, k), TrackerSettings(**settings))
+    for name, d in zip(names, bench.old, strict=True):
+        tracker.install(name, d, weights[name], 0)
+    return tracker
+
+
 def bench_analysis(bench: Bench) -> None:
-    """A full tracked analysis with all its numbers, gradient and update statistics included."""
-    W, before, G = torch.stack(bench.after), torch.stack(bench.weights), torch.stack(bench.gradients)
+    """A full tracked analysis of all matrices with all its numbers, gradient and update statistics included."""
+    names, _, after, gradients = named(bench)
     for k in bench.ks:
         truth = exact_rho(bench, k)
-        old = stacked(bench.old, min(k + OVERSAMPLE, bench.size))
-        cut = torch.full((bench.num,), k, device=bench.device)
-        mask = torch.ones(bench.num, k, device=bench.device)
-
-        def analyse(way: RitzWay, old=old, cut=cut, mask=mask, k=k) -> Tensor:
-            result = warm_step(W, old.U, old.S, old.V, way=way, cut=cut)
-            new = lanes.Basis(result.U, result.S, result.V, lanes.updated_spectrum(result.S, old.spectrum, W))
-            quality = {"ok": 1.0, "exact": 0.0, "skipped": 0.0} | {"residual": result.residual, "staleness": 0.0}
-            table = lanes.slow_statistics(old, new, W, W - before, cut, k, quality)
-            for X in (G, W - before):
-                participation = lanes.fast_participation(X)
-                lanes.fast_statistics(X, old.U[..., :k], old.S[:, :k], old.V[..., :k], mask, participation)
-            return table
-
         for way in RITZ_WAYS[1:3]:
 
-            def measure(way: RitzWay = way, analyse=analyse, truth=truth) -> tuple[float, str, str]:
-                table = analyse(way)
-                note = sync_note(bench, lambda: analyse(way))
-                rho = table[:, lanes.SLOW_COLUMNS.index("rho")].mean()
-                return (
-                    bench.clock(lambda: analyse(way), warm_up=False),
-                    f"mean rho {float(rho):.3f} exact {truth:.3f}",
-                    note,
-                )
+            def measure(way: RitzWay = way, k: int = k, truth=truth) -> tuple[float, str, str]:
+                tracker = installed(bench, k, ritz=way, max_iterations=1, chunk=bench.num)
+
+                def analyse() -> dict[str, RowResult]:
+                    tracker.observe(1, after, gradients)
+                    return run_job(tracker._snapshot(1, set(names), after), None)
+
+                column = lanes.SLOW_COLUMNS.index("rho")
+                rho = sum(result.table[column] for result in analyse().values()) / bench.num
+                note = sync_note(bench, analyse)
+                return bench.clock(analyse, warm_up=False), f"mean rho {rho:.3f} exact {truth:.3f}", note
 
             bench.row("full analysis", way, measure, k)
+
+
+def bench_parts(bench: Bench) -> None:
+    """What the lanes consist of, one kernel or group of kernels at a time."""
+    W, before = torch.stack(bench.after), torch.stack(bench.weights)
+    names, _, after, gradients = named(bench)
+    for k in [k for k in (16, 64, 256) if k in bench.ks]:
+        width = min(k + OVERSAMPLE, bench.size)
+        old = stacked(bench.old, width)
+        Y = W @ old.V
+        Q = Y / torch.linalg.vector_norm(Y, dim=-2, keepdim=True)
+        gram, eye = Q.mT @ Q, torch.eye(width, device=W.device)
+        L = torch.linalg.cholesky_ex(gram)[0]
+        cut = torch.full((bench.num,), k, device=W.device)
+        norm, dW = lanes.frobenius_norm(W), W - before
+        quality = dict.fromkeys(("ok", "exact", "skipped", "residual", "staleness"), 1.0)
+        R = metrics.projection_residual(old.U[..., :k], Q[..., :k])
+        tracker = installed(bench, k)
+        bucket, fast, rows = tracker._store.buckets[0], tracker._fast, slice(0, min(40, bench.num))
+        X = fast._stack(bucket, rows, after, minus_reference=True)
+        _, unit, total = lanes.in_range(X)
+        U_k, S_k, V_k = bucket.principal(rows, X.dtype)
+        parts: dict[str, Callable[[], object]] = {
+            "product W V": lambda Y=Y, old=old: W @ old.V,
+            "small Gram": lambda Q=Q: Q.mT @ Q,
+            "cholesky_ex": lambda gram=gram: torch.linalg.cholesky_ex(gram),
+            "triangular inverse": lambda L=L, eye=eye: torch.linalg.solve_triangular(L, eye, upper=False),
+            "one Cholesky pass": lambda Q=Q, eye=eye: subspace._cholesky_pass(Q, eye),
+            "staleness": lambda old=old, cut=cut: subspace.staleness_of(W, old.U, old.S, old.V, cut),
+            "slow statistics": lambda *_, o=old, dW=dW, norm=norm, cut=cut, k=k, q=quality: lanes.slow_statistics(
+                o, o, dW, norm, cut, k, q
+            ),
+            "eigenvalue bound": lambda R=R: metrics.largest_eigenvalue_bound(R.mT @ R),
+            "rotation null": lambda o=old, cut=cut, k=k, t=norm: null.rotation_null(
+                o.spectrum, cut, t, bench.size, max_k=k
+            ),
+            "snapshot": lambda t=tracker: t._snapshot(1, set(names), after),
+            f"fast: stack dW of {X.shape[0]}": lambda f=fast, b=bucket, r=rows: f._stack(
+                b, r, after, minus_reference=True
+            ),
+            f"fast: stack G of {X.shape[0]}": lambda f=fast, b=bucket, r=rows: f._stack(
+                b, r, gradients, minus_reference=False
+            ),
+            "fast: in range": lambda X=X: lanes.in_range(X),
+            "fast: participation": lambda X=X, total=total: lanes.participation_of(X, total),
+            "fast: shares": lambda X=X, u=unit, t=total, U=U_k, S=S_k, V=V_k: lanes.fast_statistics(
+                X, u, t, U, S, V, t
+            ),
+        }
+        for part, work in parts.items():
+            bench.row("part", part, lambda work=work: (bench.clock(work), "", host_note(bench, work)), k)
+
+
+def host_note(bench: Bench, work: Callable[[], object]) -> str:
+    """How long the host takes to enqueue it: where that is the time, the device waits for the host."""
+    bench.synchronize()
+    start = time.perf_counter()
+    work()
+    host = (time.perf_counter() - start) * 1e3
+    bench.synchronize()
+    return f"host {host:.2f} ms"
 
 
 def share_error(tracker: SubspaceTracker, bench: Bench, after: dict, gradients: dict, k: int) -> str:
@@ -263,12 +330,15 @@ def share_error(tracker: SubspaceTracker, bench: Bench, after: dict, gradients: 
     tracker.flush()
     tracker.observe(1, after, gradients)
     values = next(report for report in tracker.flush() if report.kind == "fast").values
-    worst = 0.0
+    worst, worst_participation = 0.0, 0.0
     for i, name in enumerate(list(after)[:4]):
         U = bench.old[i].U.double()
-        for X, key in ((gradients[name], "gradient/share"), (after[name] - bench.weights[i], "update/share")):
-            worst = max(worst, abs(float(metrics.principal_share(X.double(), U, k)) - values[name][key]))
-    return f"share {worst:.0e}"
+        for X, lane in ((gradients[name], "gradient"), (after[name] - bench.weights[i], "update")):
+            share, participation = metrics.principal_share(X.double(), U, k), metrics.matrix_participation_ratio(X)
+            worst = max(worst, abs(float(share) - values[name][f"{lane}/share"]))
+            ratio = values[name][f"{lane}/participation"] / float(participation)
+            worst_participation = max(worst_participation, abs(ratio - 1))
+    return f"share {worst:.0e} PR {worst_participation:.0e}"
 
 
 def sync_note(bench: Bench, work: Callable[[], object]) -> str:
@@ -288,21 +358,18 @@ def sync_note(bench: Bench, work: Callable[[], object]) -> str:
 
 def bench_fast(bench: Bench) -> None:
     """What every step pays: gradient and update of all matrices against the last basis."""
-    names = [f"w{i}" for i in range(bench.num)]
-    weights, after = dict(zip(names, bench.weights, strict=True)), dict(zip(names, bench.after, strict=True))
-    gradients = dict(zip(names, bench.gradients, strict=True))
+    _, _, after, gradients = named(bench)
     for k in bench.ks:
         for dtype in (torch.float32, torch.bfloat16) if bench.device.type == "cuda" else (torch.float32,):
 
             def measure(k: int = k, dtype=dtype) -> tuple[float, str, str]:
-                tracker = SubspaceTracker(weights, dict.fromkeys(names, k), TrackerSettings(fast_dtype=dtype))
-                for name, d in zip(names, bench.old, strict=True):
-                    tracker.install(name, d, weights[name], 0)
+                tracker = installed(bench, k, fast_dtype=dtype)
                 check = share_error(tracker, bench, after, gradients, k)
                 note = sync_note(bench, lambda: tracker.observe(2, after, gradients))
                 ms = bench.clock(lambda: tracker.observe(3, after, gradients))
+                host = host_note(bench, lambda: tracker.observe(4, after, gradients))
                 held = sum(tracker.memory_bytes().values()) / 2**20
-                return ms, check, f"{note} {100 * ms / STEP_MS:.2f} % of a d20 step, holds {held:.0f} MiB"
+                return ms, check, f"{note} {host}, {100 * ms / STEP_MS:.2f} % of a d20 step, holds {held:.0f} MiB"
 
             bench.row("fast lane / step", str(dtype).removeprefix("torch."), measure, k)
 
@@ -383,7 +450,8 @@ def main() -> None:
     print(f"torch {torch.__version__}, {arguments.device} ({name}), {arguments.num} x {arguments.size}^2, float32")
     print(f"{'section':26s} {'variant':28s} {'k':>4s} {'ms':>10s}  {'check':42s} note")
     bench = Bench(arguments)
-    for section in (bench_exact, bench_ritz, bench_warm, bench_analysis, bench_fast, bench_engines):
+    sections = (bench_exact, bench_warm, bench_parts, bench_analysis, bench_fast, bench_engines, bench_ritz)
+    for section in sections:
         try:
             section(bench)
         except Exception as error:

@@ -174,6 +174,11 @@ class SVDConfig:
     """Steps between two full analyses."""
     svd_warmup: int = advanced(10)
     """Steps before the first decision."""
+    svd_engine: Literal["tracked", "exact"] = advanced("tracked")
+    """tracked: every step is watched and decisions are made from tracked bases, exact only where a matrix changes;
+    exact: every matrix is decomposed at every interval and nothing is looked at in between (the slow reference)."""
+    svd_monitor_every: int = advanced(1)
+    """tracked: steps between two looks at the gradients and updates of all matrices."""
     svd_min_rank: int = advanced(8)
     """The rank r of the trained part never falls below this."""
     svd_adapter: Literal["auto", "reregister", "shadow"] = advanced("auto")
@@ -198,6 +203,7 @@ class SVDConfig:
 
     def __post_init__(self) -> None:
         _require(self.svd_interval >= 1, f"--svd-interval must be at least 1, got {self.svd_interval}")
+        _require(self.svd_monitor_every >= 1, f"--svd-monitor-every must be at least 1, got {self.svd_monitor_every}")
         _require(self.svd_min_rank >= 1, f"--svd-min-rank must be at least 1, got {self.svd_min_rank}")
         _require(self.svd_warmup >= 0, f"--svd-warmup must not be negative, got {self.svd_warmup}")
         _require(self.svd_min_dwell >= 0, f"--svd-min-dwell must not be negative, got {self.svd_min_dwell}")

@@ -7,8 +7,14 @@
       code/             (cluster runs) snapshot of the sources
 
 Every record has `kind`, `step` (optimizer steps completed), `time` (Unix seconds) and `restart` (0 for the first
-process of a run, 1 after the first resume ...). Kinds: start, resume, train, eval, svd, switch, alert, sample,
-checkpoint, end.
+process of a run, 1 after the first resume ...). Kinds: start, resume, train, eval, svd, svd_step, switch, alert,
+sample, checkpoint, end.
+
+`svd`, every svd_interval steps: everything of every watched matrix under svd/<layer>/<metric> (`r`, `mode`, the
+numbers of the decision, and with the tracked engine ranks, blocks of the update and the quality of the basis).
+`svd_step`, every step (tracked engine): all matrices in a dozen numbers, measured at step svd_step/of_step, the step
+before: svd_step/{update,gradient}_{lift_median,lift_max,z_max}, svd_step/{update,gradient}_worst (the name of the
+matrix with the largest lift) and, only where there are any, svd_step/{update,gradient}_not_finite (how many).
 A step that is repeated after a resume appears once per restart; readers keep the newest restart.
 """
 

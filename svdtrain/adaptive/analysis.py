@@ -91,6 +91,43 @@ def measure(
         )
 
 
+def measure_tracked(
+    fast: Mapping[str, float],
+    slow: Mapping[str, float],
+    S: Tensor,
+    S_prev: Tensor | None,
+    *,
+    m: int,
+    r: int,
+    r_min: int,
+) -> Measurement:
+    """The same numbers from the tracking engine: the fast lane's look at the gradient, the last analysis in the slow
+    lane for what happened between two of them, and all singular values S [g] of that analysis on the host.
+
+    `S_prev`: those of the decision before, None where there is nothing newer. Where there is no gap at k there is no
+    angle either (nan).
+    """
+    g, energy = S.numel(), S.double().square()
+    total = float(energy.sum())
+    principal = fast.get("gradient/share", (g - r) / m)  # without a gradient: chance, no evidence either way
+    return Measurement(
+        principal_alignment=principal,
+        minor_alignment=1 - principal,
+        gradient_lift=fast.get("gradient/lift", math.nan),
+        gradient_z=fast.get("gradient/z", math.nan),
+        concentration=slow["concentration_90"],
+        reconstruction_error=math.sqrt(float(energy[r:].sum()) / total) if total > 0 else 0.0,
+        minor_energy=float(energy[-r:].sum()) / total if total > 0 else 0.0,
+        r_next=min(determine_next_r(S, S_prev, r, min(r_min, r)), g - 1),
+        subspace_angle=slow.get("angle", math.nan),
+        rotation_ratio=slow.get("rho", math.nan),
+        update_size=slow.get("update_ratio", math.nan),
+        update_alignment=slow.get("update_share", math.nan),
+        update_lift=slow.get("update_lift", math.nan),
+        update_z=slow.get("update_z", math.nan),
+    )
+
+
 def _evidence(X: Tensor, share: float, k: int) -> tuple[float, float]:
     """Lift and z of the share of X [m, n] in k left directions; nan for X = 0."""
     participation = matrix_participation_ratio(X)

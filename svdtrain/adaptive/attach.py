@@ -89,11 +89,19 @@ class AttachedSVD(AdaptiveSVD):
     def _average(self) -> None:
         """Average W.grad over the ranks, in place, where it is needed in this step: the host does it only later, and
         averaging what is already equal changes nothing."""
-        analysed = self.step % self.config.svd_interval == 0
+        analysed = self.gradients_agree(self.step)
         for target in self.targets.values():
             if target.W.grad is not None and (analysed or target.lowrank):
                 dist.all_reduce(target.W.grad)
                 target.W.grad.div_(dist.get_world_size())
+
+    def gradients_agree(self, step: int) -> bool:
+        """At every step; with `average_gradients` only at the steps from which something is decided: the step before a
+        decision with the tracked engine, the step itself with the exact one."""
+        if not (self._average_gradients and dist.is_initialized()):
+            return True
+        ahead = 1 if self._monitor is not None else 0
+        return (step + ahead) % self.config.svd_interval < max(1, ahead * self.config.svd_monitor_every)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         found_inf = getattr(optimizer, "found_inf", None)  # of a fused step, as above

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from svdtrain.adaptive.analysis import History, decompose_all, measure, starting_rank
 from svdtrain.adaptive.factors import FactoredWeight
 from svdtrain.adaptive.guard import UpdateGuard
+from svdtrain.adaptive.monitor import Monitor
 from svdtrain.adaptive.policy import CALIBRATED_PRESETS, Measurement, should_use_lowrank_training
 from svdtrain.adaptive.registration import Adapter, Reregister
 from svdtrain.adaptive.shadow import Shadow
-from svdtrain.adaptive.target import Change, ChangeKind, Target
+from svdtrain.adaptive.target import STATE_VERSION, Change, ChangeKind, Decision, Target, check_state
 from svdtrain.adaptive.targets import select_targets
 from svdtrain.adaptive.transitions import Transitions
 from svdtrain.config import SVDConfig
@@ -27,7 +28,6 @@ from svdtrain.spectral.decompose import Decomposition
 
 logger = logging.getLogger(__name__)
 
-_STATE_VERSION = 1
 _attached: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
 
@@ -46,8 +46,10 @@ class AdaptiveSVD:
         *,
         adapter: Adapter | None = None,
         log: Callable[[str], None] | None = None,
+        group: Any = None,
     ) -> None:
-        """`log` gets one line per change. Raises ValueError when no parameter matches, a match is shared by two
+        """`log` gets one line per change. `group`: a process group whose ranks all make the same calls; the tracked
+        analyses are shared over it. Raises ValueError when no parameter matches, a match is shared by two
         modules, the optimizer does not own a target, or it already has an AdaptiveSVD."""
         self.config = config or SVDConfig()
         if optimizer in _attached:
@@ -57,6 +59,8 @@ class AdaptiveSVD:
         self._optimizer = optimizer
         self._adapter: Adapter = adapter or self._default_adapter(optimizer, found)
         self._transitions = Transitions(self.config, self._adapter)
+        watching = self.config.svd_preset != "off" and self.config.svd_engine == "tracked"
+        self._monitor = Monitor(self.config, self.targets, group) if watching else None
         self._interference: dict[str, float] = {}
         self._log = log or logger.info
         self._events: list[dict[str, Any]] = []
@@ -79,15 +83,32 @@ class AdaptiveSVD:
         self._adapter.before_step()
 
     def after_step(self, step: int, stepped: bool = True) -> list[Change]:
-        """Write W from B and A; at `step % svd_interval == 0` analyse, decide and switch. `stepped=False`: the step was
-        vetoed; nothing is merged or analysed. Gradients that `optimizer.zero_grad` cannot reach are dropped."""
+        """Write W from B and A; look at every matrix; at `step % svd_interval == 0` decide and switch. `stepped=False`:
+        the step was vetoed; nothing is merged or looked at. Gradients that `optimizer.zero_grad` cannot reach are
+        dropped."""
         changes: list[Change] = []
         if stepped:
             self._apply_step()
-            if self.config.svd_preset != "off" and step % self.config.svd_interval == 0:
+            deciding = self.config.svd_preset != "off" and step % self.config.svd_interval == 0
+            if self._monitor is not None:
+                changes = self._watch(self._monitor, step, deciding)
+            elif deciding:
                 changes = self._analyse(step)
         self.clear_gradients()
         return changes
+
+    def _watch(self, monitor: Monitor, step: int, deciding: bool) -> list[Change]:
+        """The tracked engine's share of a step: take what the last step measured, look again, decide, analyse."""
+        monitor.collect(step)
+        if step % self.config.svd_monitor_every == 0:
+            monitor.observe(step, with_gradients=self.gradients_agree(step))
+        changes = self._decide_tracked(monitor, step) if deciding else []
+        monitor.analyse(step)
+        return changes
+
+    def gradients_agree(self, step: int) -> bool:
+        """Whether W.grad is the same on every rank at this step, so that it may be looked at."""
+        return True
 
     def _apply_step(self) -> None:
         self._adapter.after_step()
@@ -125,6 +146,8 @@ class AdaptiveSVD:
             raise ValueError(f"{name!r} cannot be decomposed: {outcome}")
         (self._transitions.refactor if target.lowrank else self._transitions.to_lowrank)(target, outcome, r)
         target.r = r
+        if self._monitor is not None:
+            self._monitor.set_ranks({name: r})
 
     def set_references(self, covariances: Mapping[str, Tensor]) -> None:
         """E[x x^T] [n, n] of each matrix' inputs on reference data, by short name, for protect=activation. Raises
@@ -149,6 +172,17 @@ class AdaptiveSVD:
             for key, value in t.metrics.items()
             if not math.isnan(value)
         }
+
+    def step_metrics(self) -> dict[str, float | str]:
+        """`svd_step/...`: the look at all matrices that arrived in the last `after_step` in a dozen numbers (median and
+        largest lift, largest z, who has it, for update and gradient); `of_step` says which step it was taken at."""
+        return {} if self._monitor is None else self._monitor.step_metrics()
+
+    def memory_bytes(self) -> dict[str, int]:
+        """Bytes added by the tracked engine and by low-rank mode, by kind."""
+        held = {} if self._monitor is None else self._monitor.tracker.memory_bytes()
+        forms = [t.form for t in self.targets.values() if t.form is not None]
+        return held | {"lowrank": sum(form.nbytes for form in forms)}
 
     def events(self) -> list[dict[str, Any]]:
         """Warnings since the last call: level, step, name, message."""
@@ -183,11 +217,12 @@ class AdaptiveSVD:
     def state_dict(self) -> dict[str, Any]:
         """Tensors and primitives only, fit for `torch.load(weights_only=True)`."""
         return {
-            "version": _STATE_VERSION,
+            "version": STATE_VERSION,
             "protect": self.config.svd_protect,
             "targets": {name: t.state_dict() for name, t in self.targets.items()},
             "adapter": self._adapter.state_dict(),
             "references": dict(self._transitions.references),
+            "monitor": None if self._monitor is None else self._monitor.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -198,13 +233,15 @@ class AdaptiveSVD:
 
     def restore_layout(self, state: Mapping[str, Any]) -> None:
         """The part of `load_state_dict` that makes a following `optimizer.load_state_dict` fit."""
-        self._check_state(state)
+        check_state(state, self.targets, self.config.svd_protect)
         for name, target in self.targets.items():
             target.load_state_dict(state["targets"][name])
         self._transitions.references = {
             name: C.to(self.targets[name].W.device, copy=True) for name, C in state["references"].items()
         }
         self._adapter.restore(self._factors())
+        if self._monitor is not None and state.get("monitor") is not None:
+            self._monitor.load_state_dict(state["monitor"])
 
     def detach(self) -> None:
         """Back to plain training: every matrix in full mode in its original place, no trace in the optimizer."""
@@ -222,18 +259,57 @@ class AdaptiveSVD:
         return [t.guard for t in self.targets.values() if t.guard is not None]
 
     def _analyse(self, step: int) -> list[Change]:
+        """The exact engine: decompose everything, then decide matrix by matrix."""
         ready = [target for target in self.targets.values() if self._has_finite_numbers(target, step)]
         changes = []
         for target, outcome in zip(ready, decompose_all([t.W for t in ready]), strict=True):
             if isinstance(outcome, str):
                 self._warn(step, target.name, f"decomposition failed ({outcome}); the last basis stays in force")
                 continue
-            change = self._decide(target, outcome, step)
-            if change is not None:
-                self._log(str(change))
-                changes.append(change)
+            r = self._rank_in_force(target, step, lambda S=outcome.S: starting_rank(S, self.config.svd_min_rank))
+            assert target.W.grad is not None
+            measured = measure(target.W, target.W.grad, outcome, target.history, r=r, r_min=self.config.svd_min_rank)
+            decision = self._decide(target, measured, r, step)
+            changes.append(self._apply(decision, outcome, step))
+            target.history = History.of(target.W, outcome, decision.r)
+            self._remember(decision)
+        return self._report(changes)
+
+    def _decide_tracked(self, monitor: Monitor, step: int) -> list[Change]:
+        """The tracked engine: decide from what it measured up to the step before; decompose, all together, only what
+        the decisions recompute."""
+        decisions = []
+        for target in self.targets.values():
+            trouble = "no gradient at an analysis; skipped" if target.W.grad is None else monitor.trouble(target.name)
+            if trouble is None:
+                r = self._rank_in_force(target, step, lambda name=target.name: monitor.starting_rank(name))
+                decisions.append(self._decide(target, monitor.measure(target.name, r), r, step))
+            elif trouble:
+                self._warn(step, target.name, trouble)
+        recompute = [d.target for d in decisions if d.use_lowrank and self._transitions.needs_decomposition]
+        outcomes = decompose_all([target.W for target in recompute]) if recompute else []
+        found = dict(zip((target.name for target in recompute), outcomes, strict=True))
+        changes = []
+        for decision in decisions:
+            name, outcome = decision.target.name, found.get(decision.target.name)
+            if isinstance(outcome, str):
+                self._warn(step, name, f"decomposition failed ({outcome}); it stays as it is")
+                continue
+            changes.append(self._apply(decision, outcome, step))
+            self._remember(decision, monitor.extras(name))
+        monitor.set_ranks({t.name: t.r for t in self.targets.values() if t.r is not None})
+        for name, outcome in found.items():
+            if not isinstance(outcome, str):
+                monitor.install(name, outcome, step)
+        return self._report(changes)
+
+    def _report(self, changes: list[Change | None]) -> list[Change]:
+        """End of a decision: what really changed, logged."""
         self._interference.clear()
-        return changes
+        real = [change for change in changes if change is not None]
+        for change in real:
+            self._log(str(change))
+        return real
 
     def _has_finite_numbers(self, target: Target, step: int) -> bool:
         if target.W.grad is None:
@@ -245,21 +321,25 @@ class AdaptiveSVD:
                 return False
         return True
 
-    def _decide(self, target: Target, decomposition: Decomposition, step: int) -> Change | None:
-        """Measure, ask the policy, remember, act."""
+    def _rank_in_force(self, target: Target, step: int, start: Callable[[], int]) -> int:
+        """r of the last decision; `start()` before the first one and while warming up."""
         warming_up = step < self.config.svd_warmup and not target.lowrank
-        r = target.r
-        if r is None or warming_up:
-            r = starting_rank(decomposition.S, self.config.svd_min_rank)
-        assert target.W.grad is not None
-        measured = measure(target.W, target.W.grad, decomposition, target.history, r=r, r_min=self.config.svd_min_rank)
+        return start() if target.r is None or warming_up else target.r
+
+    def _decide(self, target: Target, measured: Measurement, r: int, step: int) -> Decision:
         measured = dataclasses.replace(measured, interference=self._interference.get(target.name, math.nan))
         use_lowrank, r_next, diagnostics = self._ask_policy(target, measured, r, step)
-        change = self._apply(target, decomposition, use_lowrank, r_next, diagnostics, step)
-        target.r, target.history = r_next, History.of(target.W, decomposition, r_next)
-        numbers = {key: float(value) for key, value in dataclasses.asdict(measured).items() if key != "r_next"}
-        target.metrics = {**numbers, "r": float(r_next), "mode": float(target.lowrank)}
-        return change
+        return Decision(target, measured, use_lowrank, r_next, diagnostics)
+
+    def _remember(self, decision: Decision, extras: Mapping[str, float] | None = None) -> None:
+        target = decision.target
+        target.r = decision.r
+        numbers = dataclasses.asdict(decision.measured)
+        del numbers["r_next"]
+        target.metrics = {
+            **{key: float(value) for key, value in numbers.items()}, **(extras or {}),
+            "r": float(decision.r), "mode": float(target.lowrank),
+        }  # fmt: skip
 
     def _ask_policy(self, target: Target, measured: Measurement, r: int, step: int) -> tuple[bool, int, dict[str, Any]]:
         config = self.config
@@ -283,16 +363,9 @@ class AdaptiveSVD:
             use_lowrank = target.lowrank
         return use_lowrank, r_next, diagnostics
 
-    def _apply(
-        self,
-        target: Target,
-        decomposition: Decomposition,
-        use_lowrank: bool,
-        r: int,
-        diagnostics: dict[str, Any],
-        step: int,
-    ) -> Change | None:
+    def _apply(self, decision: Decision, decomposition: Decomposition | None, step: int) -> Change | None:
         """Bring the matrix into the decided mode and rank; None when neither changed."""
+        target, use_lowrank, r = decision.target, decision.use_lowrank, decision.r
         before = target.num_free_directions
         kind: ChangeKind = "rank" if target.lowrank == use_lowrank else ("to_lowrank" if use_lowrank else "to_full")
         if kind == "to_full":
@@ -305,26 +378,9 @@ class AdaptiveSVD:
             return None
         return Change(
             name=target.name, kind=kind, r_old=before, r_new=target.num_free_directions,
-            reason=diagnostics["reason"], step=step, diagnostics=diagnostics,
+            reason=decision.diagnostics["reason"], step=step, diagnostics=decision.diagnostics,
         )  # fmt: skip
 
     def _warn(self, step: int, name: str, message: str) -> None:
         logger.warning("step %d, %s: %s", step, name, message)
         self._events.append({"level": "WARNING", "step": step, "name": name, "message": message})
-
-    def _check_state(self, state: Mapping[str, Any]) -> None:
-        if state.get("version") != _STATE_VERSION:
-            raise ValueError(f"SVD state has version {state.get('version')}, this program reads {_STATE_VERSION}")
-        if state["protect"] != self.config.svd_protect:
-            raise ValueError(
-                f"SVD state was saved with svd_protect={state['protect']}, here it is {self.config.svd_protect}; "
-                "resume with the same setting"
-            )
-        saved = {name: tuple(values["shape"]) for name, values in state["targets"].items()}
-        own = {name: tuple(target.W.shape) for name, target in self.targets.items()}
-        if saved != own:
-            differing = sorted(name for name in saved.keys() | own.keys() if saved.get(name) != own.get(name))
-            raise ValueError(
-                f"SVD state of another model or other svd_targets: {len(differing)} matrices differ, e.g. "
-                f"{differing[0]}: saved {saved.get(differing[0])}, here {own.get(differing[0])}"
-            )

@@ -129,6 +129,11 @@ class FactoredWeight:
         """Drop B.grad and A.grad."""
         self.B.grad = self.A.grad = None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes held beside W."""
+        return sum(t.numel() * t.element_size() for t in (self.W_p, self.B, self.A))
+
     def split_error(self) -> float:
         """||W - (W_p + B A)||_F / ||W||_F; 0 for W = 0."""
         W = self.W.detach().to(self.W_p.dtype)

@@ -86,6 +86,11 @@ class UpdateGuard:
             matrix=self.W.numel(), trainable=self.W.numel(), frozen=sum(t.numel() for t in self.tensors.values())
         )
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes held beside W."""
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
     def split_error(self) -> float:
         """0: W is not split."""
         return 0.0

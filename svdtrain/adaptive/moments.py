@@ -37,7 +37,7 @@ def first_from_factors(M_B: Tensor, M_A: Tensor, B: Tensor, A: Tensor) -> Tensor
 
     With P_B, P_A the projections on B's columns and A's rows: M P_A follows from M_B alone, P_B M from M_A alone, and
     P_B M P_A from both, whose mean is taken (they differ once the factors have moved under their own averages). By
-    Cholesky of the r x r Gram matrices: an eigendecomposition, which would weight that mean, costs four times as much.
+    Cholesky of the r x r Gram matrices.
     """
     B, A, M_B, M_A = (t.double() for t in (B, A, M_B, M_A))
     L_B, L_A = _gram_cholesky(B.T @ B), _gram_cholesky(A @ A.T)

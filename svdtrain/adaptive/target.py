@@ -12,7 +12,9 @@ from torch import nn
 from svdtrain.adaptive.analysis import History
 from svdtrain.adaptive.factors import FactoredWeight
 from svdtrain.adaptive.guard import UpdateGuard
+from svdtrain.adaptive.policy import Measurement
 
+STATE_VERSION = 1
 ChangeKind = Literal["to_lowrank", "to_full", "rank"]
 
 
@@ -90,3 +92,33 @@ class Target:
         self.factors = None if factors is None else FactoredWeight.restored(self.W, **factors)
         self.guard = None if guard is None else UpdateGuard.from_state(self.W, guard)
         self.history = None if past is None else History.from_state(past, self.W.device)
+
+
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """What the policy decided for one matrix, and from what."""
+
+    target: Target
+    measured: Measurement
+    use_lowrank: bool
+    r: int
+    diagnostics: dict[str, Any]
+
+
+def check_state(state: Mapping[str, Any], targets: Mapping[str, Target], protect: str) -> None:
+    """Raise ValueError, with what to do, unless this saved state fits these targets and settings."""
+    if state.get("version") != STATE_VERSION:
+        raise ValueError(f"SVD state has version {state.get('version')}, this program reads {STATE_VERSION}")
+    if state["protect"] != protect:
+        raise ValueError(
+            f"SVD state was saved with svd_protect={state['protect']}, here it is {protect}; "
+            "resume with the same setting"
+        )
+    saved = {name: tuple(values["shape"]) for name, values in state["targets"].items()}
+    own = {name: tuple(target.W.shape) for name, target in targets.items()}
+    if saved != own:
+        differing = sorted(name for name in saved.keys() | own.keys() if saved.get(name) != own.get(name))
+        raise ValueError(
+            f"SVD state of another model or other svd_targets: {len(differing)} matrices differ, e.g. "
+            f"{differing[0]}: saved {saved.get(differing[0])}, here {own.get(differing[0])}"
+        )

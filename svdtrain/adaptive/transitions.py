@@ -37,12 +37,21 @@ class Transitions:
         """False: protect=activation and nothing is known of this matrix' inputs."""
         return self._config.svd_protect != "activation" or target.name in self.references
 
-    def to_lowrank(self, target: Target, decomposition: Decomposition, r: int) -> None:
+    @property
+    def needs_decomposition(self) -> bool:
+        """False: protect=activation, which looks at the inputs and not at W."""
+        return self._config.svd_protect != "activation"
+
+    def to_lowrank(self, target: Target, decomposition: Decomposition | None, r: int) -> None:
         """Full -> low-rank. The switching step has been taken; the next one trains in part only."""
         protect = self._config.svd_protect
         if protect == "activation":
             target.guard = self._activation_guard(target)
-        elif protect == "core":
+            _switched(target)
+            _log_counts("after the switch to low-rank", target)
+            return
+        assert decomposition is not None
+        if protect == "core":
             target.guard = UpdateGuard.core(target.W, decomposition, r)
         else:
             target.factors = FactoredWeight.split(target.W, decomposition, r, protect)
@@ -50,8 +59,11 @@ class Transitions:
         _switched(target)
         _log_counts("after the switch to low-rank", target)
 
-    def refactor(self, target: Target, decomposition: Decomposition, r: int) -> None:
+    def refactor(self, target: Target, decomposition: Decomposition | None, r: int) -> None:
         """Recompute everything from the current W at rank r."""
+        if not self.needs_decomposition:
+            return
+        assert decomposition is not None
         _log_counts("before refactoring", target)
         if target.factors is not None:
             old_B, old_A = target.factors.B.data, target.factors.A.data

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.distributed as dist
+
 from svdtrain.adaptive.controller import AdaptiveSVD, Change
 from svdtrain.config import SVDConfig
 from svdtrain.trainer.hooks import Hook, Priority
@@ -23,7 +25,8 @@ class AdaptiveSVDHook(Hook):
 
     def on_restore(self, state: TrainState) -> None:
         """The optimizer exists and holds no moments yet: its layout can be brought back before they are loaded."""
-        self.controller = AdaptiveSVD(state.model, state.optimizer, self.config)
+        group = dist.group.WORLD if state.world.size > 1 else None
+        self.controller = AdaptiveSVD(state.model, state.optimizer, self.config, group=group)
         if self._saved is not None:
             self.controller.load_state_dict(self._saved)
         self._publish_substitutes(state)
@@ -38,8 +41,16 @@ class AdaptiveSVDHook(Hook):
             state.params_changed(_public(change))
         for event in self._running.events():
             state.alert(event["level"], "svd", f"{event['name']}: {event['message']}")
-        if stepped and state.step % self.config.svd_interval == 0:
-            state.log("svd", self._running.metrics())
+        if stepped:
+            self._log(state)
+
+    def _log(self, state: TrainState) -> None:
+        """Every step the few numbers over all matrices, at a decision everything of every matrix."""
+        seen = self._running.step_metrics()
+        if seen:
+            state.log("svd_step", {key: _short(value) for key, value in seen.items()})
+        if state.step % self.config.svd_interval == 0:
+            state.log("svd", {key: _short(value) for key, value in self._running.metrics().items()})
 
     def state_dict(self) -> dict[str, Any]:
         return self._running.state_dict()
@@ -60,6 +71,11 @@ class AdaptiveSVDHook(Hook):
             for target in self._running.targets.values()
             if target.factors is not None
         }
+
+
+def _short(value: float | str) -> float | str:
+    """Six significant digits: more says nothing and doubles the size of the log."""
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _public(change: Change) -> ParamsChange:

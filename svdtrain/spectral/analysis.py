@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from svdtrain.spectral.decompose import Decomposition, DecompositionFailed, decompose_many
-from svdtrain.spectral.lanes import SLOW_COLUMNS, Basis, slow_statistics, updated_spectrum
+from svdtrain.spectral.lanes import SLOW_COLUMNS, Basis, frobenius_norm, slow_statistics, updated_spectrum
 from svdtrain.spectral.subspace import RitzWay, staleness_of, warm_steps
 
 log = logging.getLogger(__name__)
@@ -50,9 +50,11 @@ class Job:
 
 @dataclass(frozen=True, eq=False)
 class RowResult:
-    """New basis of one matrix (no batch dimension), the weight it belongs to, and its row of SLOW_COLUMNS."""
+    """New basis of one matrix (no batch dimension), its spectrum on the host, the weight it belongs to, and its row of
+    SLOW_COLUMNS."""
 
     basis: Basis
+    host_spectrum: Tensor
     weight: Tensor
     table: list[float]
     exact: bool
@@ -90,7 +92,7 @@ def _run_parts(job: Job) -> dict[str, RowResult]:
 def _failed(part: Part, i: int) -> RowResult:
     old = Basis(part.old.U[i], part.old.S[i], part.old.V[i], part.old.spectrum[i])
     table = [0.0] * len(SLOW_COLUMNS)
-    return RowResult(old, part.W[i], table, exact=False, ok=False, skipped=False, first=part.first[i])
+    return RowResult(old, torch.zeros(0), part.W[i], table, exact=False, ok=False, skipped=False, first=part.first[i])
 
 
 def _split(part: Part, skip_tolerance: float) -> list[tuple[list[int], bool]]:
@@ -106,22 +108,26 @@ def _split(part: Part, skip_tolerance: float) -> list[tuple[list[int], bool]]:
 def _analyse(part: Part, rows: list[int], skipped: bool, job: Job) -> dict[str, RowResult]:
     old = _pick(part.old, rows)
     dtype = _work_dtype(part.old.S)
-    W = part.W[rows].to(dtype)
+    W = _take(part.W, rows).to(dtype)
+    norm = frobenius_norm(W)
     work = Basis(*(t.to(dtype) for t in (old.U, old.S, old.V, old.spectrum)))
-    new, residual, staleness, ok = _keep(W, work, part.cut[rows]) if skipped else _iterate(part, rows, W, work, job)
+    new, residual, staleness, ok = (
+        _keep(W, work, _take(part.cut, rows)) if skipped else _iterate(part, rows, W, norm, work, job)
+    )
     exact = torch.zeros(len(rows), dtype=torch.bool)
     if not skipped:
         new, exact, ok, residual = _exact_rows(part, rows, new, ok, residual)
-    dW = W - part.reference[rows].to(dtype)
+    dW = W - _take(part.reference, rows).to(dtype)
     quality = {
         "ok": ok.float(), "exact": exact.to(W.device).float(), "skipped": float(skipped),
         "residual": residual, "staleness": staleness,
     }  # fmt: skip
-    table = slow_statistics(work, new, W, dW, part.cut[rows], part.max_cut, quality).tolist()
+    table = slow_statistics(work, new, dW, norm, _take(part.cut, rows), part.max_cut, quality).tolist()
     stored = Basis(*(t.to(old.S.dtype) for t in (new.U, new.S, new.V, new.spectrum)))
+    on_host = stored.spectrum.float().cpu()
     return {
         part.names[i]: RowResult(
-            basis=Basis(stored.U[j], stored.S[j], stored.V[j], stored.spectrum[j]),
+            basis=Basis(stored.U[j], stored.S[j], stored.V[j], stored.spectrum[j]), host_spectrum=on_host[j].clone(),
             weight=part.W[i], table=table[j], exact=bool(exact[j]), ok=table[j][0] > 0,
             skipped=skipped, first=part.first[i],
         )
@@ -137,8 +143,13 @@ def _work_dtype(S: Tensor) -> torch.dtype:
     return S.dtype
 
 
+def _take(X: Tensor, rows: list[int]) -> Tensor:
+    """Some rows of a stack; the stack itself when they are all of it, which saves a copy."""
+    return X if rows == list(range(X.shape[0])) else X[rows]
+
+
 def _pick(basis: Basis, rows: list[int]) -> Basis:
-    return Basis(basis.U[rows], basis.S[rows], basis.V[rows], basis.spectrum[rows])
+    return Basis(*(_take(t, rows) for t in (basis.U, basis.S, basis.V, basis.spectrum)))
 
 
 def _keep(W: Tensor, old: Basis, cut: Tensor) -> tuple[Basis, Tensor, Tensor, Tensor]:
@@ -146,7 +157,9 @@ def _keep(W: Tensor, old: Basis, cut: Tensor) -> tuple[Basis, Tensor, Tensor, Te
     return old, stale, stale, torch.ones_like(stale, dtype=torch.bool)
 
 
-def _iterate(part: Part, rows: list[int], W: Tensor, old: Basis, job: Job) -> tuple[Basis, Tensor, Tensor, Tensor]:
+def _iterate(
+    part: Part, rows: list[int], W: Tensor, norm: Tensor, old: Basis, job: Job
+) -> tuple[Basis, Tensor, Tensor, Tensor]:
     """Warm step of the rows that are not exact; the others pass through with ok = False."""
     warm = [j for j, i in enumerate(rows) if not part.exact[i]]
     zero = torch.zeros(len(rows), dtype=W.dtype, device=W.device)
@@ -154,13 +167,15 @@ def _iterate(part: Part, rows: list[int], W: Tensor, old: Basis, job: Job) -> tu
     if not warm:
         return old, residual, staleness, ok
     base = _pick(old, warm)
-    cut = part.cut[[rows[j] for j in warm]]
+    cut = _take(part.cut, [rows[j] for j in warm])
     result = warm_steps(
-        W[warm], base.U, base.S, base.V, way=_ritz_way(job.ritz, base.S), cut=cut,
+        _take(W, warm), base.U, base.S, base.V, way=_ritz_way(job.ritz, base.S), cut=cut,
         tolerance=job.residual_tolerance, max_iterations=job.max_iterations,
     )  # fmt: skip
+    spectrum = updated_spectrum(result.S, base.spectrum, _take(norm, warm))
+    if len(warm) == len(rows):
+        return Basis(result.U, result.S, result.V, spectrum), result.residual, result.staleness, result.ok
     residual[warm], staleness[warm], ok[warm] = result.residual, result.staleness, result.ok
-    spectrum = updated_spectrum(result.S, base.spectrum, W[warm])
     merged = [t.clone() for t in (old.U, old.S, old.V, old.spectrum)]
     for target, source in zip(merged, (result.U, result.S, result.V, spectrum), strict=True):
         target[warm] = source

@@ -18,7 +18,6 @@ from svdtrain.spectral.metrics import (
     directions_for_energy,
     entropy_rank,
     largest_eigenvalue_bound,
-    matrix_participation_ratio,
     participation_ratio,
     projection_residual,
     safe_ratio,
@@ -30,8 +29,12 @@ FAST_COLUMNS = ("norm", "pp", "left", "right", "erasure", "participation")
 SLOW_COLUMNS = (
     "ok", "exact", "skipped", "residual", "staleness", "angle", "sin_squared", "expected", "rho", "gap", "update_ratio",
     "stable_rank", "entropy_rank", "participation_rank", "concentration_90", "intruders", "edge_rank", "threshold_rank",
+    "update_share", "update_participation",
 )  # fmt: skip
-COMPARISONS = ("angle", "sin_squared", "expected", "rho", "intruders", "update_ratio", "staleness")
+COMPARISONS = (
+    "angle", "sin_squared", "expected", "rho", "intruders", "update_ratio", "staleness", "update_share",
+    "update_participation",
+)  # fmt: skip
 _UNMOVED = 1e-6  # relative size of an update
 NO_GAP = 1e-3  # relative gap at k under which the largest angle says nothing
 
@@ -40,30 +43,21 @@ NO_GAP = 1e-3  # relative gap at k under which the largest angle says nothing
 
 
 def fast_statistics(
-    X: Tensor,
-    U: Tensor,
-    S: Tensor,
-    V: Tensor,
-    mask: Tensor,
-    participation: Tensor,
-    *,
+    X: Tensor, unit: Tensor, total: Tensor, U: Tensor, S: Tensor, V: Tensor, participation: Tensor, *,
     right_side: bool = True,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Columns FAST_COLUMNS of X [b, m, n] against U [b, m, K], S [b, K], V [b, n, K]; float32 [b, 6].
+) -> Tensor:  # fmt: skip
+    """Columns FAST_COLUMNS of X [b, m, n] against U [b, m, K], V [b, n, K] in X's dtype and S [b, K]; float32 [b, 6].
 
-    mask [b, K] (0/1) marks each matrix's principal directions. pp, left and right are shares of ||X||_F^2: both sides,
-    left side, right side principal. erasure is sum_i s_i u_i^T X v_i / sum_i s_i^2: half the relative first-order
-    change of the principal energy, negative when X erases. `participation` [b] is passed through. Without
-    `right_side`, one of the two large products is saved and `right` is NaN.
+    `X, unit, total` as `in_range` gives them. Columns of U and V, and values of S, that are not principal are zero. pp,
+    left and right are shares of ||X||_F^2: both sides, left side, right side principal. erasure is
+    sum_i s_i u_i^T X v_i / sum_i s_i^2: half the relative first-order change of the principal energy, negative when X
+    erases. `participation` [b] is passed through. Without `right_side`, one of the two large products is saved and
+    `right` is NaN.
     """
-    X, unit, total = _in_range(X, dtype)
-    U, V = (U * mask.unsqueeze(-2)).to(dtype), (V * mask.unsqueeze(-2)).to(dtype)
     left = U.mT @ X
     D = left @ V
     pp, left_share = (safe_ratio(squared_norm(part), total) for part in (D, left))
     right_share = safe_ratio(squared_norm(X @ V), total) if right_side else torch.full_like(total, math.nan)
-    S = S * mask
     strongest = S.amax(-1, keepdim=True).clamp_min(torch.finfo(S.dtype).tiny)
     relative = S / strongest
     diagonal = D.diagonal(dim1=-2, dim2=-1).float() * (unit[:, None] / strongest)
@@ -72,29 +66,28 @@ def fast_statistics(
     return torch.stack([column.float() for column in columns], dim=-1)
 
 
-def _in_range(X: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def in_range(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """X [b, m, n] in a unit in which its squares stay inside float32, that unit [b], and ||X||_F^2 in it [b].
 
-    A GPU always takes the largest entry, for it cannot branch; the CPU looks, and rescales only when it must.
+    A GPU always rescales, in place and by a power of two, for it cannot branch; the CPU looks, and only when it must.
     """
-    X = X.float()
     if not X.is_cuda:
         total = squared_norm(X)
-        if bool(((total == 0) | ((total > 1e-20) & (total < 1e30))).all()):
-            return X.to(dtype), torch.ones_like(total), total
-    largest = _largest(X)
-    X = (X / largest[:, None, None]).to(dtype)
-    return X, largest, squared_norm(X)
+        if bool(((total == 0) | ((total > 1e-15) & (total < 1e15))).all()):
+            return X, torch.ones_like(total), total
+    largest = torch.linalg.vector_norm(X, math.inf, dim=(-2, -1), dtype=torch.float32)
+    unit = largest.clamp_min(torch.finfo(torch.float32).tiny).log2().floor().exp2()
+    X = X.mul_((1 / unit).to(X.dtype)[:, None, None])
+    return X, unit, squared_norm(X)
 
 
-def _largest(X: Tensor) -> Tensor:
-    return X.abs().amax((-2, -1)).clamp_min(torch.finfo(torch.float32).tiny)
+def participation_of(X: Tensor, total: Tensor) -> Tensor:
+    """Participation ratio ||X||_F^4 / ||X X^T||_F^2 of X [b, m, n], float32 [b], in X's own arithmetic; 0 for X = 0.
 
-
-def fast_participation(X: Tensor) -> Tensor:
-    """Participation ratio of X [b, m, n], float32 [b]; on CUDA in bfloat16, which moves it by less than a per cent."""
-    X = _in_range(X, torch.float32)[0]
-    return matrix_participation_ratio(X.bfloat16() if X.is_cuda else X).float()
+    X and total = ||X||_F^2 as `in_range` gives them.
+    """
+    gram = X @ X.mT if X.shape[-2] <= X.shape[-1] else X.mT @ X
+    return safe_ratio(total, squared_norm(gram).sqrt()).square()
 
 
 def fast_values(row: list[float], m: int, n: int, k: int) -> dict[str, float]:
@@ -138,42 +131,55 @@ class Basis:
     spectrum: Tensor
 
 
-def updated_spectrum(S: Tensor, old_spectrum: Tensor, W: Tensor) -> Tensor:
-    """All g singular values from the l tracked ones S [b, l] and the shape of the old tail; the energy is W's own."""
+def frobenius_norm(X: Tensor) -> Tensor:
+    """||X||_F of X [b, m, n], float64 [b], for entries of any size."""
+    if not X.is_cuda or X.dtype == torch.float64:
+        norm = torch.linalg.vector_norm(X, dim=(-2, -1)).double()
+        if X.dtype == torch.float64 or bool(((norm == 0) | ((norm > 1e-15) & (norm < 1e15))).all()):
+            return norm
+    unit = torch.linalg.vector_norm(X, math.inf, dim=(-2, -1)).clamp_min(torch.finfo(X.dtype).tiny)
+    return torch.linalg.vector_norm(X / unit[:, None, None], dim=(-2, -1)).double() * unit.double()
+
+
+def updated_spectrum(S: Tensor, old_spectrum: Tensor, norm: Tensor) -> Tensor:
+    """All g singular values from the l tracked ones S [b, l] and the shape of the old tail, for ||W||_F = norm [b]."""
     tracked = S.shape[-1]
     if tracked == old_spectrum.shape[-1]:
         return S
     strongest = S[:, :1].clamp_min(torch.finfo(S.dtype).tiny)
     tail = old_spectrum[:, tracked:] / strongest
-    left_over = squared_norm(W / strongest.unsqueeze(-1)) - (S / strongest).square().sum(-1)
-    factor = safe_ratio(left_over.clamp_min(0), tail.square().sum(-1)).sqrt()
+    left_over = (norm / strongest[:, 0]).square() - (S / strongest).double().square().sum(-1)
+    factor = safe_ratio(left_over.clamp_min(0), tail.double().square().sum(-1)).sqrt().to(S.dtype)
     tail = torch.minimum(tail * factor.unsqueeze(-1), S[:, -1:] / strongest)
     return torch.cat([S, tail * strongest], dim=-1)
 
 
 def slow_statistics(
-    old: Basis, new: Basis, W: Tensor, dW: Tensor, cut: Tensor, max_cut: int, quality: dict[str, Tensor | float]
+    old: Basis, new: Basis, dW: Tensor, norm: Tensor, cut: Tensor, max_cut: int, quality: dict[str, Tensor | float]
 ) -> Tensor:
-    """Columns SLOW_COLUMNS for a batch; [b, 18]. cut [b] is each matrix's k, max_cut a bound the host knows.
+    """Columns SLOW_COLUMNS for a batch; [b, 20]. dW [b, m, n] is the update since the old basis, norm [b] = ||W||_F.
 
-    `quality` gives ok, exact, skipped, residual and staleness.
+    cut [b] is each matrix's k, max_cut a bound the host knows. `quality` gives ok, exact, skipped, residual and
+    staleness.
     """
-    m, n = W.shape[-2:]
+    m, n = dW.shape[-2:]
     width = max(1, max_cut)
-    mask = (torch.arange(width, device=W.device) < cut.unsqueeze(-1)).to(W.dtype)
+    mask = (torch.arange(width, device=dW.device) < cut.unsqueeze(-1)).to(dW.dtype)
     before, after = old.U[..., :width] * mask.unsqueeze(-2), new.U[..., :width] * mask.unsqueeze(-2)
     R = projection_residual(before, after)
     sin_squared = squared_norm(R)
     angle = largest_eigenvalue_bound(R.mT @ R).clamp(0, 1).sqrt().asin()
-    scale = new.spectrum[:, :1].clamp_min(torch.finfo(W.dtype).tiny).unsqueeze(-1)
+    moved = frobenius_norm(dW)
+    strongest = new.spectrum[:, 0].double().clamp_min(torch.finfo(dW.dtype).tiny)
     # In units of s_1: the square of a tiny update would vanish in float32.
-    tau_squared = null.update_variance(dW / scale)
-    expected = null.rotation_null(old.spectrum / scale[..., 0], cut, tau_squared, m, max_k=width)
+    tau_squared = (moved / strongest).square() / (m * n)
+    expected = null.rotation_null(old.spectrum / strongest[:, None].to(dW.dtype), cut, tau_squared, m, max_k=width)
     intruders = (null.intruder_directions(old.U, after, width) & mask.bool()).sum(-1)
     edge, threshold = null.signal_rank(new.spectrum, m, n)
-    update_ratio = safe_ratio(squared_norm(dW / scale), squared_norm(W / scale)).sqrt()
+    update_ratio = safe_ratio(moved, norm)
     # A matrix that did not move did not rotate: what is left is the last basis converging.
     rho = torch.where(update_ratio > _UNMOVED, null.rotation_ratio(sin_squared, expected), torch.ones_like(expected))
+    update_share, update_participation = _update_evidence(dW, after, moved)
     columns = {
         **quality,
         "angle": angle, "sin_squared": sin_squared, "expected": expected,
@@ -182,11 +188,22 @@ def slow_statistics(
         "participation_rank": participation_ratio(new.spectrum),
         "concentration_90": directions_for_energy(new.spectrum, 0.9) / new.spectrum.shape[-1],
         "intruders": intruders, "edge_rank": edge, "threshold_rank": threshold,
+        "update_share": update_share, "update_participation": update_participation,
     }  # fmt: skip
-    rows = W.shape[0]
+    rows = dW.shape[0]
     # new_full, not a tensor made on the host: that one would have to be waited for.
-    tensors = [c if isinstance(c, Tensor) else W.new_full((rows,), c) for c in (columns[name] for name in SLOW_COLUMNS)]
+    tensors = [
+        c if isinstance(c, Tensor) else dW.new_full((rows,), c) for c in (columns[name] for name in SLOW_COLUMNS)
+    ]
     return torch.stack([column.float() for column in tensors], dim=-1)
+
+
+def _update_evidence(dW: Tensor, U_k: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
+    """Principal share of the update against the new basis, and its participation ratio (tensor cores on a GPU)."""
+    unit = moved.clamp_min(torch.finfo(dW.dtype).tiny).to(dW.dtype)[:, None, None]
+    X = (dW / unit).to(torch.bfloat16 if dW.is_cuda else dW.dtype)
+    total = squared_norm(X)
+    return safe_ratio(squared_norm(U_k.to(X.dtype).mT @ X), total), participation_of(X, total)
 
 
 def _gap_at(spectrum: Tensor, cut: Tensor) -> Tensor:
@@ -199,17 +216,22 @@ def _gap_at(spectrum: Tensor, cut: Tensor) -> Tensor:
     return torch.where((cut > 0) & (cut < g), gap, torch.zeros_like(gap))
 
 
-def slow_values(row: list[float], first: bool) -> dict[str, float]:
-    """Named floats of one row; only `ok` = 0 for a failed one.
+def slow_values(row: list[float], first: bool, m: int, k: int) -> dict[str, float]:
+    """Named floats of one row of an m-row matrix with k principal directions; only `ok` = 0 for a failed one.
 
     Without an earlier basis (`first`) there is nothing to compare with; where there is no gap at k the largest angle is
-    left out and `no_gap` is 1.
+    left out and `no_gap` is 1; where nothing moved, the update's evidence is left out.
     """
     values: dict[str, float] = dict(zip(SLOW_COLUMNS, row, strict=True))
     if not values["ok"]:
         return {"ok": 0.0}
     if first:
         values = {key: value for key, value in values.items() if key not in COMPARISONS}
+    elif values["update_ratio"] > 0 and values["update_participation"] > 0:
+        evidence = null.share_lift_and_z(values["update_share"], k, m, values["update_participation"])
+        values["update_lift"], values["update_z"] = evidence
+    else:
+        del values["update_share"], values["update_participation"]
     values["no_gap"] = float(values["gap"] < NO_GAP)
     if values["no_gap"]:
         values.pop("angle", None)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_SQUARINGS_PER_SCALING = 2  # a trace of 1 leaves an eigenvalue of 1/k, and k^-4 is far from float32's end
 _SQUARINGS = 10  # largest eigenvalue from tr(M^1024): at most 0.6 % too large at 512 directions
 
 
@@ -23,8 +24,7 @@ def squared_norm(X: Tensor) -> Tensor:
 def safe_ratio(numerator: Tensor, denominator: Tensor, otherwise: float = 0.0) -> Tensor:
     """numerator / denominator, and `otherwise` where the denominator is not positive."""
     positive = denominator > 0
-    ratio = numerator / torch.where(positive, denominator, torch.ones_like(denominator))
-    return torch.where(positive, ratio, torch.full_like(ratio, otherwise))
+    return torch.where(positive, numerator / torch.where(positive, denominator, 1.0), otherwise)
 
 
 # --- angles between subspaces -----------------------------------------------------------------------------------------
@@ -65,19 +65,24 @@ def subspace_angle_bound(U1: Tensor, U2: Tensor) -> Tensor:
 def largest_eigenvalue_bound(M: Tensor, squarings: int = _SQUARINGS) -> Tensor:
     """Upper bound of the largest eigenvalue of positive semi-definite M [..., k, k], at most k^(1/p) too large.
 
-    tr(M^p)^(1/p) with p = 2^squarings.
+    tr(M^p)^(1/p) with p = 2^squarings. On the CPU, where an eigenvalue problem costs less than ten products, exact.
     """
+    if not M.is_cuda:
+        return torch.linalg.eigvalsh(torch.nan_to_num(M))[..., -1]
+    return _trace_power_bound(M, squarings)
+
+
+def _trace_power_bound(M: Tensor, squarings: int) -> Tensor:
     log_scale = torch.zeros(M.shape[:-2], dtype=M.dtype, device=M.device)
     tiny = torch.finfo(M.dtype).tiny
-    power = 1
-    for _ in range(squarings):
-        trace = M.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(tiny)
-        log_scale = log_scale + trace.log() / power  # keeps the powers inside the number range
-        M = M / trace[..., None, None]
+    for done in range(squarings):
+        if done % _SQUARINGS_PER_SCALING == 0:  # keeps the powers inside the number range
+            trace = M.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(tiny)
+            log_scale = log_scale + trace.log() / 2**done
+            M = M / trace[..., None, None]
         M = M @ M
-        power *= 2
     trace = M.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(tiny)
-    return (log_scale + trace.log() / power).exp()
+    return (log_scale + trace.log() / 2**squarings).exp()
 
 
 def sin_theta_squared(U1: Tensor, U2: Tensor) -> Tensor:

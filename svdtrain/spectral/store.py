@@ -28,6 +28,7 @@ class Row:
     valid: bool = False  # a basis is there
     filled: int = 0  # columns of the stack that hold a basis; fewer than its width after k grew
     exact_next: bool = True
+    host_spectrum: Tensor | None = None  # float32 [g] on the host
 
     @property
     def cut_now(self) -> int:
@@ -48,7 +49,8 @@ class Bucket:
         self.spectrum = torch.zeros(rows, min(m, n), dtype=dtype, device=device)
         self.reference = torch.zeros(rows, m, n, dtype=like.dtype, device=device)
         self.participation = torch.zeros(2, rows, device=device)  # of G and of dW; 0: not known yet
-        self.participation_known = [False, False]
+        self.looks = [0, 0]  # of the fast lane at G and at dW
+        self._principal: tuple[Tensor, Tensor, Tensor] | None = None
         self.mask = torch.zeros(rows, width, dtype=dtype, device=device)
         self.max_cut = 0
 
@@ -57,6 +59,29 @@ class Bucket:
         self.max_cut = max(cuts)
         mask = (torch.arange(self.width) < torch.tensor(cuts)[:, None]).to(self.mask.dtype)
         self.mask.copy_(mask.pin_memory() if self.mask.is_cuda else mask, non_blocking=True)
+        self.changed()
+
+    def changed(self) -> None:
+        """A basis or a cut changed: what was derived from it is void."""
+        self._principal = None
+
+    def principal(self, rows: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """U [rows, m, K] and V [rows, n, K] in `dtype` and S [rows, K], zero where not principal; K the largest cut.
+
+        Kept until a basis or a cut changes, because the fast lane asks at every step.
+        """
+        if self._principal is None or self._principal[0].dtype != dtype:
+            k = max(1, self.max_cut)
+            mask = self.mask[:, :k]
+            U, V = ((X[..., :k] * mask.unsqueeze(-2)).to(dtype) for X in (self.U, self.V))
+            self._principal = (U, self.S[:, :k] * mask, V)
+        U, S, V = self._principal
+        return U[rows], S[rows], V[rows]
+
+    @property
+    def principal_nbytes(self) -> int:
+        """Bytes that `principal` keeps."""
+        return 0 if self._principal is None else sum(t.nbytes for t in self._principal)
 
     def basis(self, rows: list[int]) -> Basis:
         """Copies of some rows, gathered without an index tensor (which would make the host wait)."""
@@ -106,14 +131,16 @@ class BasisStore:
         bucket.V[i].copy_(basis.V[:, :width])
         bucket.spectrum[i].copy_(basis.spectrum)
         bucket.reference[i].copy_(weight)
+        bucket.changed()
         row = self.rows[name]
         row.valid, grown, row.filled = True, row.filled != width, width
         if grown:
             self.refresh_masks()
 
     def nbytes(self) -> dict[str, int]:
-        """Bytes held: bases, spectra, references."""
+        """Bytes held: bases, their principal parts as the fast lane wants them, spectra, references."""
         return {
+            "principal": sum(b.principal_nbytes for b in self.buckets),
             "bases": sum(b.U.nbytes + b.S.nbytes + b.V.nbytes + b.mask.nbytes for b in self.buckets),
             "spectra": sum(b.spectrum.nbytes for b in self.buckets),
             "references": sum(b.reference.nbytes for b in self.buckets),
@@ -126,7 +153,7 @@ class BasisStore:
             bucket, i = self.where[name]
             saved[name] = {field: getattr(bucket, field)[i].clone() for field in _STACKED}
             saved[name]["participation"] = bucket.participation[:, i].clone()
-            saved[name]["participation_known"] = list(bucket.participation_known)
+            saved[name]["looks"] = list(bucket.looks)
             saved[name] |= {key: value for key, value in vars(row).items() if key != "index"}
         return saved
 
@@ -145,7 +172,7 @@ class BasisStore:
             for field in _STACKED:
                 getattr(bucket, field)[i].copy_(values[field])
             bucket.participation[:, i].copy_(values["participation"])
-            bucket.participation_known = list(values["participation_known"])
+            bucket.looks = list(values["looks"])
             self.rows[name] = Row(
                 self.rows[name].index, **{k: values[k] for k in vars(self.rows[name]) if k != "index"}
             )

@@ -50,6 +50,8 @@ class WarmStep:
     residual: Tensor
     staleness: Tensor
     ok: Tensor
+    WV: Tensor
+    """W V with the new V, which the next iteration starts from."""
 
 
 # --- orthonormal bases ------------------------------------------------------------------------------------------------
@@ -59,19 +61,20 @@ def cholesky_qr2(Y: Tensor) -> tuple[Tensor, Tensor]:
     """Orthonormal basis of the columns of Y [..., m, l], in their order, and ok [...]: Cholesky-QR, twice.
 
     Columns are scaled to unit length first, so a graded but nearly orthogonal Y (what a warm iteration gives) is well
-    conditioned. Where Cholesky fails ok is False and the columns are meaningless but finite.
+    conditioned. Where Cholesky fails ok is False and the columns are meaningless; where Y is not finite they are not
+    either.
     """
     lengths = torch.linalg.vector_norm(Y, dim=-2, keepdim=True)
     Q = Y / lengths.clamp_min(torch.finfo(Y.dtype).tiny)
-    Q, first = _cholesky_pass(Q)
-    Q, second = _cholesky_pass(Q)
+    identity = torch.eye(Y.shape[-1], dtype=Y.dtype, device=Y.device)
+    Q, first = _cholesky_pass(Q, identity)
+    Q, second = _cholesky_pass(Q, identity)
     return Q, first & second
 
 
-def _cholesky_pass(Y: Tensor) -> tuple[Tensor, Tensor]:
-    identity = torch.eye(Y.shape[-1], dtype=Y.dtype, device=Y.device)
+def _cholesky_pass(Y: Tensor, identity: Tensor) -> tuple[Tensor, Tensor]:
     L, info = torch.linalg.cholesky_ex(Y.mT @ Y)
-    ok = (info == 0) & torch.isfinite(L).all(-1).all(-1)
+    ok = info == 0
     L = torch.where(ok[..., None, None], L, identity)
     # The inverse of a small well-conditioned triangle, then one product: faster than a solve with a tall right side.
     inverse = torch.linalg.solve_triangular(L, identity, upper=False)
@@ -86,8 +89,7 @@ def ritz_rotation(H: Tensor, way: RitzWay) -> Tensor:
     if way == "none":
         return torch.eye(H.shape[-1], dtype=H.dtype, device=H.device).expand_as(H)
     # A broken matrix must not make eigh raise for the whole batch; its caller finds out by other means.
-    identity = torch.eye(H.shape[-1], dtype=H.dtype, device=H.device)
-    H = torch.where(torch.isfinite(H).all(-1).all(-1)[..., None, None], H, identity)
+    H = torch.nan_to_num(H, nan=0.0, posinf=1.0, neginf=1.0)
     # In units of the largest entry: huge and tiny weights keep inside the number range.
     scale = H.diagonal(dim1=-2, dim2=-1).amax(-1).clamp_min(torch.finfo(H.dtype).tiny)[..., None, None]
     H = H / scale
@@ -108,38 +110,37 @@ def _eigh_on_cpu(H: Tensor) -> Tensor:
 
 
 def _refined(H: Tensor, sweeps: int, blocks: bool) -> Tensor:
-    P = torch.eye(H.shape[-1], dtype=H.dtype, device=H.device).expand_as(H)
+    identity = torch.eye(H.shape[-1], dtype=H.dtype, device=H.device)
+    P = identity.expand_as(H)
     for sweep in range(sweeps):
         if blocks:
             for offset in (0, _BLOCK // 2):
                 rotation = _block_rotation(H, offset)
                 H, P = rotation.mT @ H @ rotation, P @ rotation
-        rotation = _pair_rotation(H)
-        P = P @ rotation
+        rotation = _pair_rotation(H, identity)
+        P = P @ rotation if sweep or blocks else rotation
         if sweep + 1 < sweeps:
             H = rotation.mT @ H @ rotation
     return P
 
 
-def _pair_rotation(H: Tensor) -> Tensor:
+def _pair_rotation(H: Tensor, identity: Tensor) -> Tensor:
     """Orthogonal I + X + ..., X the Jacobi angles of all pairs at once, damped to spectral norm below 1/2."""
     diagonal = H.diagonal(dim1=-2, dim2=-1)
     difference = diagonal.unsqueeze(-2) - diagonal.unsqueeze(-1)  # [i, j] = h_j - h_i
     # The angle that zeroes entry (i, j), in (-pi/4, pi/4]: pairs with equal values turn by 45 degrees at most.
-    angle = 0.5 * torch.atan2(2 * H, difference.abs()) * torch.where(difference < 0, -1.0, 1.0).to(H.dtype)
+    angle = 0.5 * torch.atan2(2 * H, difference.abs()).copysign(difference * H)
     X = angle.triu(1)
     X = X - X.mT
     # ||X||_2 <= max row sum; the damping makes crowded clusters turn slowly instead of wildly.
     row_sum = X.abs().sum(-1).amax(-1)
-    X = X * (0.5 / row_sum.clamp_min(0.5))[..., None, None]
-    return _orthogonalise(torch.eye(H.shape[-1], dtype=H.dtype, device=H.device) + X)
+    return _orthogonalise(identity + X * (0.5 / row_sum.clamp_min(0.5))[..., None, None])
 
 
 def _orthogonalise(Q: Tensor) -> Tensor:
     """Nearest orthogonal matrix by Newton-Schulz; for singular values in [1, 1.12] two steps reach 1e-7."""
-    identity = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
     for _ in range(_NEWTON_SCHULZ + 1):
-        Q = Q @ (1.5 * identity - 0.5 * (Q.mT @ Q))
+        Q = torch.baddbmm(Q, Q, Q.mT @ Q, beta=1.5, alpha=-0.5)
     return Q
 
 
@@ -162,14 +163,17 @@ def _block_rotation(H: Tensor, offset: int) -> Tensor:
 # --- one warm step ----------------------------------------------------------------------------------------------------
 
 
-def warm_step(W: Tensor, U: Tensor, S: Tensor, V: Tensor, *, way: RitzWay, cut: Tensor | None = None) -> WarmStep:
+def warm_step(
+    W: Tensor, U: Tensor, S: Tensor, V: Tensor, *, way: RitzWay, cut: Tensor | None = None, WV: Tensor | None = None
+) -> WarmStep:
     """One subspace iteration with Rayleigh-Ritz from an old basis U [b, m, l], S [b, l], V [b, n, l] of W [b, m, n].
 
     `cut` [b]: how many columns count in the residual (default all l). Result columns are ordered by singular value and
-    keep the sign of the old ones as far as they resemble them. No device wait except for the ways that use eigh.
+    keep the sign of the old ones as far as they resemble them. No device wait except for the ways that use eigh. `WV`:
+    W V of the old V, where it is known.
     """
     mask = _column_mask(S, cut)
-    Y = W @ V
+    Y = W @ V if WV is None else WV
     staleness = _relative_residual(Y, U, S, mask)
     Q, ok_left = cholesky_qr2(Y)
     Z = W.mT @ Q
@@ -186,8 +190,9 @@ def warm_step(W: Tensor, U: Tensor, S: Tensor, V: Tensor, *, way: RitzWay, cut: 
     keep = ok[:, None, None]
     new_U, new_V = torch.where(keep, new_U, U), torch.where(keep, new_V, V)
     values = torch.where(ok[:, None], values, S)
-    residual = _relative_residual(W @ new_V, new_U, values, mask)
-    return WarmStep(new_U, values, new_V, residual, staleness, ok)
+    new_WV = W @ new_V
+    residual = _relative_residual(new_WV, new_U, values, mask)
+    return WarmStep(new_U, values, new_V, residual, staleness, ok, new_WV)
 
 
 def warm_steps(
@@ -209,8 +214,8 @@ def warm_steps(
     for _ in range(max_iterations - 1):
         if not bool((result.ok & (result.residual > tolerance)).any()):
             break
-        result = warm_step(W, result.U, result.S, result.V, way=way, cut=cut)
-    return WarmStep(result.U, result.S, result.V, result.residual, first.staleness, first.ok & result.ok)
+        result = warm_step(W, result.U, result.S, result.V, way=way, cut=cut, WV=result.WV)
+    return WarmStep(result.U, result.S, result.V, result.residual, first.staleness, first.ok & result.ok, result.WV)
 
 
 def _column_mask(S: Tensor, cut: Tensor | None) -> Tensor:

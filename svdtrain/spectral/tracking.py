@@ -12,7 +12,7 @@ stream from a snapshot of the weights, and is adopted at the start of the next c
 computed never depends on timing. With a process group each matrix has one owner; the rest receive its basis.
 
 Memory per matrix beside the weights: one copy (the reference of the update) and (m + n + 1) x width + g numbers; on
-the CPU a scratch copy for at most `chunk` of them; while an analysis is under way a snapshot of its matrices (weights,
+scratch for at most `chunk` of them; while an analysis is under way a snapshot of its matrices (weights,
 references, bases).
 """
 
@@ -29,15 +29,8 @@ from torch import Tensor
 
 from svdtrain.spectral.analysis import Job, Part, RowResult, run_job
 from svdtrain.spectral.decompose import Decomposition
-from svdtrain.spectral.lanes import (
-    FAST_COLUMNS,
-    SLOW_COLUMNS,
-    Basis,
-    fast_participation,
-    fast_statistics,
-    fast_values,
-    slow_values,
-)
+from svdtrain.spectral.fast_lane import FastLane
+from svdtrain.spectral.lanes import FAST_COLUMNS, SLOW_COLUMNS, Basis, fast_values, slow_values
 from svdtrain.spectral.sharding import own_part, share_rows
 from svdtrain.spectral.store import BasisStore, Bucket
 from svdtrain.spectral.subspace import RitzWay
@@ -45,8 +38,7 @@ from svdtrain.spectral.transfer import HostQueue, Report
 
 log = logging.getLogger(__name__)
 
-_PARTICIPATION_EVERY_ON_CPU = 32
-_STAGGER_ON_CPU = 4
+_STAGGER = 4
 _UPDATE, _GRADIENT = "update/", "gradient/"
 _RESIDUAL = SLOW_COLUMNS.index("residual")
 
@@ -80,14 +72,24 @@ class TrackerSettings:
     """The participation ratio of a matrix is renewed every so many steps; None: every step on a GPU, 32 on the CPU."""
     gradient_right_side: bool | None = None
     """Also the gradient's share on the right (input) side; None: on a GPU. The update's is always there."""
-    stagger: int | None = None
-    """Groups of matrices that are analysed at different steps; None: as many as `interval` on a GPU, 4 on the CPU,
-    where batching saves more than an even load."""
-    fast_dtype: torch.dtype = torch.float32
-    """Arithmetic of the fast lane's products."""
+    stagger: int = _STAGGER
+    """Groups of matrices that are analysed at different steps. An analysis is hundreds of small kernels whatever its
+    number of matrices, so few groups cost less than an even load."""
+    offset: int = 0
+    """Analyses fall on the steps with (step + offset) % interval = 0, and evenly between them for the other groups."""
+    fast_dtype: torch.dtype | None = None
+    """Arithmetic of the fast lane's products; None: bfloat16 with float32 accumulation on a GPU, float32 on the CPU."""
 
     def __post_init__(self) -> None:
-        for name in ("interval", "exact_every", "exact_interval_factor", "oversample", "chunk", "max_iterations"):
+        for name in (
+            "interval",
+            "exact_every",
+            "exact_interval_factor",
+            "oversample",
+            "chunk",
+            "max_iterations",
+            "stagger",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
@@ -114,12 +116,9 @@ class SubspaceTracker:
         self._store.set_cuts(cuts)
         device = next(iter(weights.values())).device
         on_gpu = device.type == "cuda"
-        self._participation_every = self.settings.participation_every or (1 if on_gpu else _PARTICIPATION_EVERY_ON_CPU)
-        right_side = self.settings.gradient_right_side
-        self._gradient_right_side = on_gpu if right_side is None else right_side
-        self._stagger = self.settings.stagger or (self.settings.interval if on_gpu else _STAGGER_ON_CPU)
+        own = self.settings
+        self._fast = FastLane(device, own.fast_dtype, own.participation_every, own.gradient_right_side)
         self._queue = HostQueue()
-        self._scratch: dict[tuple, Tensor] = {}
         self._pending: tuple[Job, Future[dict[str, RowResult]]] | None = None
         self._pool = ThreadPoolExecutor(1, "svd-analysis") if on_gpu else None
         self._stream = torch.cuda.Stream(device) if on_gpu else None
@@ -152,7 +151,8 @@ class SubspaceTracker:
                 names = bucket.names[start : start + self.settings.chunk]
                 rows = [self._store.rows[name] for name in names]
                 if any(row.valid for row in rows):
-                    tables.append(self._observe_chunk(step, bucket, start, names, weights, gradients, updates))
+                    part = slice(start, start + len(names))
+                    tables.append(self._fast.observe(bucket, part, weights, gradients, updates))
                     for name, row in zip(names, rows, strict=True):
                         named.append((name, row.valid, bucket.m, bucket.n, row.cut_now))
         if tables:
@@ -165,8 +165,10 @@ class SubspaceTracker:
             interval = self.settings.interval
             if self._store.too_wide(name):
                 interval *= self.settings.exact_interval_factor
-            groups = min(self._stagger, len(rows), interval)
-            if row.analysed_at < 0 or (step + row.index % groups * interval // groups) % interval == 0:
+            groups = min(self.settings.stagger, len(rows), interval)
+            turn = step + self.settings.offset + row.index % groups * interval // groups
+            # A basis that was installed just now, out of turn, is left to age for a while.
+            if row.analysed_at < 0 or (turn % interval == 0 and step - row.analysed_at >= interval // 2):
                 names.append(name)
         return names
 
@@ -197,6 +199,11 @@ class SubspaceTracker:
         """Finished reports, oldest first; never waits. Kinds "fast" and "slow"."""
         return self._queue.poll()
 
+    def take(self, before: int) -> list[Report]:
+        """The reports of steps before `before`, waiting for these alone: what comes depends on no timing."""
+        self.settle()
+        return self._queue.take(before)
+
     def flush(self) -> list[Report]:
         """All reports, waiting for what is under way."""
         self.settle()
@@ -218,6 +225,19 @@ class SubspaceTracker:
         bucket, i = self._store.where[name]
         return bucket.spectrum[i]
 
+    def host_spectrum(self, name: str) -> Tensor:
+        """`spectrum` as it was adopted, float32 on the host, without waiting for the device."""
+        self.settle()
+        S = self._store.rows[name].host_spectrum
+        if S is None:
+            raise LookupError(f"{name} has no basis yet")
+        return S
+
+    def analysed_at(self, name: str) -> int:
+        """Step of the last analysis; -1 before the first."""
+        self.settle()
+        return self._store.rows[name].analysed_at
+
     def request_exact(self, names: Iterable[str]) -> None:
         """The next analysis of these is exact."""
         for name in names:
@@ -235,10 +255,11 @@ class SubspaceTracker:
         self._store.write(name, basis, weight.detach())
         row = self._store.rows[name]
         row.age, row.analysed_at, row.exact_next = 0, step, False
+        row.host_spectrum = decomposition.S.float().cpu()
 
     def memory_bytes(self) -> dict[str, int]:
-        """Bytes held per kind: bases, spectra, references, scratch (on the CPU)."""
-        return self._store.nbytes() | {"scratch": sum(buffer.nbytes for buffer in self._scratch.values())}
+        """Bytes held per kind: bases, their principal part as the fast lane wants it, spectra, references, scratch."""
+        return self._store.nbytes() | {"scratch": self._fast.nbytes}
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values only: safe for torch.load(weights_only=True), exact when loaded.
@@ -252,61 +273,6 @@ class SubspaceTracker:
         """Inverse of `state_dict`. Raises ValueError when it belongs to other matrices."""
         self.settle()
         self._store.load_state_dict(state["rows"])
-
-    # --- fast lane ---
-
-    def _observe_chunk(
-        self,
-        step: int,
-        bucket: Bucket,
-        start: int,
-        names: list[str],
-        weights: Mapping[str, Tensor],
-        gradients: Mapping[str, Tensor] | None,
-        updates: Mapping[str, Tensor] | None,
-    ) -> Tensor:
-        """[rows, columns of the update (+ columns of the gradient)]."""
-        rows = slice(start, start + len(names))
-        dW = self._gather(names, weights if updates is None else updates)
-        if updates is None:
-            dW -= bucket.reference[rows]
-        tables = [self._statistics(step, bucket, rows, 1, dW)]
-        if gradients is not None:
-            tables.append(self._statistics(step, bucket, rows, 0, self._gather(names, gradients)))
-        return torch.cat(tables, dim=-1)
-
-    def _gather(self, names: list[str], tensors: Mapping[str, Tensor]) -> Tensor:
-        """One stack of named tensors, valid until the next call: on the CPU in a buffer that is kept, because fresh
-        megabytes cost more in page faults than the copy itself."""
-        stack = [tensors[name].detach() for name in names]
-        if self._pool is not None:
-            return torch.stack(stack)
-        key = (len(stack), *stack[0].shape, stack[0].dtype)
-        if key not in self._scratch:
-            self._scratch[key] = stack[0].new_empty(len(stack), *stack[0].shape)
-        return torch.stack(stack, out=self._scratch[key])
-
-    def _statistics(self, step: int, bucket: Bucket, rows: slice, which: int, X: Tensor) -> Tensor:
-        participation = self._participation(step, bucket, rows, which, X)
-        k = max(1, bucket.max_cut)
-        U, S, V = bucket.U[rows, :, :k], bucket.S[rows, :k], bucket.V[rows, :, :k]
-        right_side = which == 1 or self._gradient_right_side
-        return fast_statistics(
-            X, U, S, V, bucket.mask[rows, :k], participation, right_side=right_side, dtype=self.settings.fast_dtype
-        )
-
-    def _participation(self, step: int, bucket: Bucket, rows: slice, which: int, X: Tensor) -> Tensor:
-        """The participation ratios, renewed for the matrices whose turn it is."""
-        cache, every = bucket.participation[which], self._participation_every
-        if every == 1 or not bucket.participation_known[which]:
-            cache[rows] = fast_participation(X)
-            bucket.participation_known[which] = every > 1 and rows.stop == len(bucket.names)
-        else:
-            for i in range(rows.start, rows.stop):
-                if (step + i) % every == 0:
-                    j = i - rows.start
-                    cache[i : i + 1] = fast_participation(X[j : j + 1])
-        return cache[rows]
 
     # --- slow lane ---
 
@@ -358,7 +324,8 @@ class SubspaceTracker:
         values = {}
         for name, result in results.items():
             self._adopt_row(job.step, name, result)
-            values[name] = slow_values(result.table, result.first)
+            bucket, _ = self._store.where[name]
+            values[name] = slow_values(result.table, result.first, bucket.m, self._store.rows[name].cut_now)
         self._queue.put(Report("slow", job.step, values))
 
     def _adopt_row(self, step: int, name: str, result: RowResult) -> None:
@@ -371,6 +338,7 @@ class SubspaceTracker:
         if result.skipped:
             row.age += 1
             return
+        row.host_spectrum = result.host_spectrum
         with torch.no_grad():
             self._store.write(name, result.basis, result.weight)
         if result.exact:

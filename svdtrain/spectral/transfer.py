@@ -62,6 +62,17 @@ class HostQueue:
         self._done.clear()
         return reports
 
+    def take(self, before: int) -> list[Report]:
+        """The reports of steps before `before`, oldest first; waits for those that are on their way, and only those."""
+        while self._flying and self._flying[0].step < before:
+            flight = self._flying.popleft()
+            if flight.event is not None:
+                flight.event.synchronize()
+            self._land(flight)
+        ready = sorted((report for report in self._done if report.step < before), key=lambda report: report.step)
+        self._done = deque(report for report in self._done if report.step >= before)
+        return ready
+
     def flush(self) -> list[Report]:
         """All reports; waits for the copies that are on their way."""
         for flight in self._flying:

@@ -117,7 +117,7 @@ def test_guard_needs_no_change_of_the_optimizer_and_survives_a_save() -> None:
 def test_activation_without_a_reference_warns_and_stays_full(caplog: pytest.LogCaptureFixture) -> None:
     model = make_toy()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    config = SVDConfig(svd_protect="activation", svd_rule="original", svd_interval=1, svd_warmup=0)
+    config = SVDConfig(svd_protect="activation", svd_rule="original", svd_interval=1, svd_warmup=0, svd_engine="exact")
     svd = AdaptiveSVD(model, optimizer, config)
     U, _, Vh = torch.linalg.svd(svd.targets[Q].W.detach())
     backward(model, 0)
