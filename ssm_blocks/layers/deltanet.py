@@ -25,6 +25,8 @@ from ssm_blocks.ops.inverse import INVERSES
 from ssm_blocks.ops.permutation import out_of_frame, permuted_delta_rule, routed_delta_rule
 from ssm_blocks.ops.reference import delta_rule_reference
 
+Core = tuple[Tensor, Tensor, Tensor, Tensor]  # q, k, v, beta
+
 
 @register("deltanet")
 class DeltaNet(RecurrentMixer):
@@ -117,7 +119,7 @@ class DeltaNet(RecurrentMixer):
 
     def _recur(self, inputs: Inputs, state: State, call: Call) -> tuple[Tensor, State]:
         x = _one_step_per_row(inputs, self.num_householder)
-        core = (x["q"], x["k"], x["v"], x["beta"])
+        core: Core = (x["q"], x["k"], x["v"], x["beta"])
         if self.dictionary is not None:
             o, S = self._permuted(core, x["entry"], x["weights"], state["S"], call)
         elif call.form != "parallel":
@@ -128,9 +130,7 @@ class DeltaNet(RecurrentMixer):
             o, S = chunk_delta_rule(*core, x.get("log_decay"), state["S"], self.chunk, self.inverse)
         return o[:, self.num_householder - 1 :: self.num_householder], {"S": S}
 
-    def _permuted(
-        self, core: tuple[Tensor, ...], entry: Tensor, weights: Tensor, S: Tensor, call: Call
-    ) -> tuple[Tensor, Tensor]:
+    def _permuted(self, core: Core, entry: Tensor, weights: Tensor, S: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         """With G_t: dense matrices where the definition or a gradient asks for them, else gathers."""
         assert self.dictionary is not None
         learning = torch.is_grad_enabled() and (weights.requires_grad or self.dictionary.scores.requires_grad)

@@ -84,7 +84,7 @@ class TimeVaryingDPLR(RecurrentMixer):
         return {**quiet, "weights": identity_weights(quiet["weights"], mask)}
 
     def _recur(self, inputs: Inputs, state: State, call: Call) -> tuple[Tensor, State]:
-        core = tuple(inputs[name] for name in ("q", "k", "v", "a", "b", "log_decay"))
+        core = (inputs["q"], inputs["k"], inputs["v"], inputs["a"], inputs["b"], inputs["log_decay"])
         S, weights = state["S"], inputs["weights"]
         learning = torch.is_grad_enabled() and (weights.requires_grad or self.dictionary.scores.requires_grad)
         if call.form == "reference" or (call.form == "step" and learning):

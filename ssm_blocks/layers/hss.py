@@ -133,11 +133,11 @@ class SegmentedHSS(RecurrentMixer):
         if call.form == "reference":
             return self._dense_reference(q, k, v, log_decay, state, leaves, transfers)
         keys, values = ((leaves[side], [t[side] for t in transfers]) for side in range(SIDES))
-        nodes = (analyse(q, *keys), analyse(k, *keys), swap_siblings(analyse(v, *values)))
-        o, node_state = self._attend(*nodes, log_decay, state["nodes"], call)
+        qn, kn, vn = analyse(q, *keys), analyse(k, *keys), swap_siblings(analyse(v, *values))
+        o, node_state = self._attend(qn, kn, vn, log_decay, state["nodes"], call)
         far = synthesise(swap_siblings(o), *values)
-        pieces = (x.unflatten(-1, (-1, self.leaf_size)) for x in (q, k, v))
-        near, leaf_state = self._attend(*pieces, log_decay, state["leaves"], call)
+        q, k, v = (x.unflatten(-1, (-1, self.leaf_size)) for x in (q, k, v))
+        near, leaf_state = self._attend(q, k, v, log_decay, state["leaves"], call)
         return far + near.flatten(-2), {"nodes": node_state, "leaves": leaf_state}
 
     def _attend(

@@ -88,8 +88,8 @@ class OscillatoryDPLR(LinearStateMixer):
     def low_rank(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """(P, Q) [H, n, r] with A = diag(lambda) - P Q^*."""
         if self.P is None or self.X is None or self.K is None:
-            empty = torch.zeros(self.num_heads, self.state_size, 0, dtype=dtype, device=self.C.device)
-            return (empty.to(dtype.to_complex()),) * 2
+            none = torch.zeros(self.num_heads, self.state_size, 0, dtype=dtype.to_complex(), device=self.C.device)
+            return none, none
         P, X, K = (as_complex(parameter, dtype) for parameter in (self.P, self.X, self.K))
         return P, P @ (X @ X.mH + skew(K)).mH
 
