@@ -34,7 +34,7 @@ def nanochat(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="session")
 def switched(nanochat: Nanochat, tmp_path_factory: pytest.TempPathFactory) -> tuple[Nanochat, Path]:
-    """A run of 30 steps in which matrices switch, saved under the tag `switched`; and its run directory."""
+    """A run of 30 steps in which matrices switch, saved under the tag d2; and its run directory."""
     run_dir = tmp_path_factory.mktemp("runs") / "switched"
-    nanochat.train_patched(run_dir, SWITCHING, num_iterations=30, eval_every=30, model_tag="switched")
+    nanochat.train_patched(run_dir, SWITCHING, num_iterations=30, eval_every=30, model_tag="d2")
     return nanochat, run_dir

@@ -58,8 +58,8 @@ def test_every_attention_matrix_switches_and_training_goes_on(switched: tuple[Na
     losses = [record["train/loss"] for record in records(run_dir, "train")]
     assert len(losses) == 30
     assert losses[-1] < losses[0] - 0.1
-    sidecar = torch.load(nanochat.checkpoint("switched") / "svd_000030.pt", weights_only=True)
-    weights = nanochat.weights("switched", 30)
+    sidecar = torch.load(nanochat.checkpoint("d2") / "svd_000030.pt", weights_only=True)
+    weights = nanochat.weights("d2", 30)
     for name, target in sidecar["targets"].items():
         if target["factors"] is not None:
             W = torch.addmm(*(target["factors"][part] for part in ("W_p", "B", "A")))
