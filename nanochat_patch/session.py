@@ -30,6 +30,8 @@ class Session:
         self._model: nn.Module | None = None
         self._resume_from: tuple[str, int] | None = None
         self._num_changes_seen = 0
+        # nanochat shows INFO. Its optimizer state cannot be mapped to B and A, which would be said at every switch.
+        logging.getLogger("svdtrain.adaptive.shadow").setLevel(logging.WARNING)
 
     # --- what the patches report ---
 
