@@ -1,0 +1,105 @@
+"""The surface of nanochat that is touched, found by looking at a checkout.
+
+Two forms are known to work, of July 2026 (92d63d4: one optimizer, resumes) and of November 2025 (b399e43: two
+optimizers, saves only). Anything that has the same names works; what is missing is named.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+SETUP_NAMES = ("setup_optimizer", "setup_optimizers")
+SCRIPT = "scripts.base_train"
+
+
+class UnsupportedNanochat(Exception):
+    """This checkout lacks something that is needed; the message names it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surface:
+    """What is wrapped."""
+
+    gpt: type
+    setup_name: str
+    """Which of SETUP_NAMES the GPT has."""
+    checkpoints: ModuleType
+    """nanochat.checkpoint_manager, with save_checkpoint and load_checkpoint."""
+    dummy_wandb: type
+    wandb: Any
+    """The wandb module, with init."""
+
+
+def enter_checkout(path: Path) -> None:
+    """Let `nanochat` and `scripts` be imported from this directory. Raises UnsupportedNanochat if it is no checkout."""
+    for needed in ("nanochat/gpt.py", "nanochat/checkpoint_manager.py", "nanochat/common.py", "scripts/base_train.py"):
+        if not (path / needed).is_file():
+            raise UnsupportedNanochat(f"{path} is no nanochat checkout: {needed} is missing")
+    sys.path.insert(0, str(path))
+    # A package called nanochat on the index is a stranger's; one imported before this point would shadow the checkout.
+    for name in ("nanochat", "scripts"):
+        spec = importlib.util.find_spec(name)
+        where = list(spec.submodule_search_locations or []) if spec is not None else []
+        if not where or Path(where[0]).resolve() != (path / name).resolve():
+            raise UnsupportedNanochat(f"`import {name}` finds {where or 'nothing'} instead of {path / name}")
+
+
+def find_surface() -> Surface:
+    """Import what will be wrapped and check that it looks as expected. Raises UnsupportedNanochat."""
+    gpt = _attribute(_import("nanochat.gpt"), "GPT")
+    setup_names = [name for name in SETUP_NAMES if callable(getattr(gpt, name, None))]
+    if len(setup_names) != 1:
+        raise UnsupportedNanochat(
+            f"nanochat.gpt.GPT must have one of {' and '.join(SETUP_NAMES)}, it has {setup_names}"
+        )
+    checkpoints = _import("nanochat.checkpoint_manager")
+    for name in ("save_checkpoint", "load_checkpoint"):
+        _require_parameters(_attribute(checkpoints, name), f"{checkpoints.__name__}.{name}", "checkpoint_dir", "step")
+    dummy = _attribute(_import("nanochat.common"), "DummyWandb")
+    for name in ("log", "finish"):
+        _attribute(dummy, name)
+    wandb = _import("wandb")
+    _attribute(wandb, "init")
+    return Surface(gpt=gpt, setup_name=setup_names[0], checkpoints=checkpoints, dummy_wandb=dummy, wandb=wandb)
+
+
+def split_optimizers(setup_name: str, result: Any) -> list[Any]:
+    """The optimizers that a setup function returned. Raises UnsupportedNanochat if there are not one or two."""
+    optimizers = list(result) if isinstance(result, (list, tuple)) else [result]
+    if not 1 <= len(optimizers) <= 2 or not all(hasattr(o, "register_step_pre_hook") for o in optimizers):
+        raise UnsupportedNanochat(
+            f"GPT.{setup_name} returned {type(result).__name__} of {len(optimizers)}, not optimizers"
+        )
+    return optimizers
+
+
+def uses_fp8(model: Any) -> bool:
+    """Whether layers of this model multiply in 8 bits (nanochat tells them by the name of their class, too)."""
+    return any("Float8" in type(module).__name__ for module in model.modules())
+
+
+def _import(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UnsupportedNanochat(f"cannot import {name}: {error}") from error
+
+
+def _attribute(owner: Any, name: str) -> Any:
+    if not hasattr(owner, name):
+        raise UnsupportedNanochat(f"{getattr(owner, '__module__', '') or owner.__name__}: no attribute {name!r}")
+    return getattr(owner, name)
+
+
+def _require_parameters(function: Callable[..., Any], name: str, *wanted: str) -> None:
+    missing = set(wanted) - set(inspect.signature(function).parameters)
+    if missing:
+        raise UnsupportedNanochat(f"{name} has no parameter {', '.join(sorted(missing))}")

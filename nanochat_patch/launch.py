@@ -1,0 +1,32 @@
+"""Run nanochat's script, unmodified, in this process."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+
+from nanochat_patch.compat import SCRIPT, enter_checkout, find_surface
+from nanochat_patch.options import Options
+from nanochat_patch.patches import install
+from nanochat_patch.session import Session
+
+
+def prepare(options: Options) -> Session:
+    """Enter the checkout and wrap what is wrapped. Raises UnsupportedNanochat."""
+    session = Session(options)  # before the directory changes: its paths are relative to where the user is
+    os.chdir(options.checkout)
+    enter_checkout(options.checkout)
+    install(find_surface(), session)
+    return session
+
+
+def run_script(session: Session) -> None:
+    """scripts/base_train.py as `__main__`; whatever ends it is told to the records and passed on."""
+    sys.argv = [f"{SCRIPT.replace('.', '/')}.py", *session.options.base_train]
+    try:
+        runpy.run_module(SCRIPT, run_name="__main__", alter_sys=True)
+    except BaseException as error:
+        session.records.end(f"exception: {type(error).__name__}: {error}")
+        raise
+    session.records.end("finished")

@@ -1,0 +1,98 @@
+"""What the command line may say. Everything behind `--` is nanochat's own."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from svdtrain.config import SVDConfig
+
+RankCheck = Literal["off", "warn", "stop"]
+
+DESCRIPTION = """Run nanochat's base_train unmodified, with adaptive SVD.
+
+    python -m nanochat_patch --nanochat DIR [flags below] -- [flags of scripts/base_train.py]
+
+Paths in nanochat's own flags are relative to DIR, where it runs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """Where nanochat is and where records go."""
+
+    nanochat: str = ""
+    """Directory of the checkout."""
+    run_dir: str = ""
+    """Run directory for svd-monitor; default runs/nanochat-<date>-<time>. Give it again to go on after a resume."""
+    rank_check: RankCheck = "warn"
+    """Several GPUs: at each analysis compare all weights over the ranks and warn, or stop, when they differ."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """All settings of one launch."""
+
+    launch: Launch = field(default_factory=Launch)
+    svd: SVDConfig = field(default_factory=SVDConfig)
+    base_train: tuple[str, ...] = ()
+    """Arguments for scripts/base_train.py, untouched."""
+
+    def __post_init__(self) -> None:
+        if not self.launch.nanochat:
+            raise ValueError("--nanochat DIR is missing: the directory of a nanochat checkout")
+        if self.svd.svd_adapter == "reregister":
+            raise ValueError(
+                "--svd-adapter reregister cannot work here: nanochat's optimizer keeps one stacked state per shape, "
+                "which another number of matrices breaks; leave it at auto"
+            )
+        if self.svd.svd_protect == "activation":
+            raise ValueError(
+                "--svd-protect activation needs the inputs of every layer on a reference set, which nanochat's script "
+                "does not collect; use minor or core, or svdtrain's own trainer"
+            )
+
+    @property
+    def checkout(self) -> Path:
+        """Absolute directory of the checkout."""
+        return Path(self.launch.nanochat).expanduser().resolve()
+
+    @property
+    def run_path(self) -> Path:
+        """Absolute run directory; the same on every rank of a torchrun (only rank 0 writes)."""
+        if self.launch.run_dir:
+            return Path(self.launch.run_dir).expanduser().resolve()
+        return Path("runs", f"nanochat-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
+
+
+def parse(argv: Sequence[str]) -> Options:
+    """Flags before the first `--` are ours. Raises ValueError for settings that cannot work, SystemExit for others."""
+    import tyro  # here, so that Options can be made without it
+
+    ours, theirs = split(argv)
+    flags_class = dataclasses.make_dataclass(
+        "Flags",
+        [("launch", Launch, field(default_factory=Launch)), ("svd", SVDConfig, field(default_factory=SVDConfig))],
+    )
+    flags = tyro.cli(
+        flags_class, prog="nanochat_patch", description=DESCRIPTION, args=ours, config=(tyro.conf.OmitArgPrefixes,)
+    )
+    return Options(launch=flags.launch, svd=flags.svd, base_train=tuple(theirs))
+
+
+def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Arguments before and behind the first `--`."""
+    arguments = list(argv)
+    if "--" not in arguments:
+        return arguments, []
+    place = arguments.index("--")
+    return arguments[:place], arguments[place + 1 :]
+
+
+def is_main_process() -> bool:
+    """Rank 0 of a torchrun, or the only process."""
+    return int(os.environ.get("RANK", "0")) == 0

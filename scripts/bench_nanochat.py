@@ -1,0 +1,325 @@
+"""The real nanochat with and without monitoring, in one run, and through switches of every attention matrix.
+
+    python scripts/bench_nanochat.py --nanochat DIR                                            one GPU
+    torchrun --standalone --nproc_per_node=2 scripts/bench_nanochat.py --nanochat DIR          several GPUs
+
+nanochat's own script trains; between steps this one turns the analyses on and off in turn, block by block, so that one
+process measures both. Then every watched matrix goes to low-rank mode, changes its rank a few times and comes back.
+Needs no network: documents and a tokenizer are made up. Packages that nanochat imports and this run does not use are
+replaced by empty ones where they are missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import os
+import random
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from itertools import islice, product
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+OPTIONAL = ("wandb", "requests", "yaml", "psutil", "filelock", "jinja2", "tokenizers", "rustbpe", "regex")
+VOCAB_SIZE = 32768
+NEVER = 10_000_000
+
+
+class Placeholder:
+    """Stands for any name of a missing package; may be made, and does nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+class EmptyModule(ModuleType):
+    """Stands for a missing package."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Placeholder
+
+
+def fill_gaps() -> list[str]:
+    """Put empty modules in the place of missing optional packages; returns their names."""
+    missing = [name for name in OPTIONAL if importlib.util.find_spec(name) is None]
+    for name in missing:
+        sys.modules[name] = EmptyModule(name)
+    return missing
+
+
+def make_base(path: Path) -> None:
+    """Random documents and a tokenizer of byte pairs, once; other ranks wait for it."""
+    ready = path / "ready"
+    if int(os.environ.get("RANK", "0")) == 0 and not ready.exists():
+        _write_base(path)
+        ready.touch()
+    while not ready.exists():
+        time.sleep(0.2)
+    os.environ["NANOCHAT_BASE_DIR"] = str(path)
+
+
+def _write_base(path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from nanochat_patch.weights import write_nanochat_tokenizer
+    from svdtrain.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+
+    printable = [*range(32, 127)]
+    order = [*printable, *(byte for byte in range(256) if byte not in printable)]
+    pairs = islice((bytes(pair) for pair in product(order, repeat=2)), VOCAB_SIZE - 256 - len(SPECIAL_TOKENS))
+    write_nanochat_tokenizer(Tokenizer([*(bytes([b]) for b in range(256)), *pairs]), path / "tokenizer")
+    shards = path / "base_data"
+    shards.mkdir(parents=True)
+    draw = random.Random(0)
+    for index in range(3):
+        texts = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz      ,.\n", k=9000)) for _ in range(2000)]
+        pq.write_table(pa.table({"text": texts}), shards / f"shard_{index:05d}.parquet", row_group_size=500)
+    (path / "base_data_climbmix").symlink_to(shards.name)
+
+
+class Done(Exception):
+    """Everything is measured; nothing needs saving."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Block:
+    """Some steps in a row with one setting."""
+
+    name: str
+    num_steps: int
+    interval: int
+    """Steps between analyses; 0: none."""
+    action: str = ""
+    """What is done to every matrix before the first step: lowrank, rank, full."""
+
+
+def plan(arguments: argparse.Namespace) -> list[Block]:
+    """Warm-up, the measured blocks in turn, then the switches."""
+    steps = arguments.block_steps
+    blocks = [Block(name="warm-up", num_steps=arguments.warmup_steps, interval=0)]
+    for _ in range(arguments.repeats):
+        for interval in arguments.intervals:
+            name = f"every {interval}" if interval else "off"
+            blocks.append(Block(name=name, num_steps=steps, interval=interval))
+    last = max(arguments.intervals)
+    blocks.append(Block(name="to low-rank", num_steps=2, interval=0, action="lowrank"))
+    blocks.append(Block(name="low-rank, off", num_steps=steps, interval=0))
+    blocks.append(Block(name=f"low-rank, every {last}", num_steps=steps, interval=last))
+    blocks += [Block(name="new rank", num_steps=2, interval=0, action="rank") for _ in range(arguments.rank_changes)]
+    blocks.append(Block(name="to full", num_steps=2, interval=0, action="full"))
+    blocks.append(Block(name="off", num_steps=steps, interval=0))
+    return blocks
+
+
+class Bench:
+    """Sits on the optimizer's hooks behind the session's own and follows the plan."""
+
+    def __init__(self, session: Any, blocks: list[Block], rank: int) -> None:
+        self.session, self.rank = session, rank
+        self.schedule: Iterator[tuple[Block, bool]] = iter([(b, i == 0) for b in blocks for i in range(b.num_steps)])
+        self.block = blocks[0]
+        self.seconds: dict[str, list[tuple[float, bool]]] = {}
+        self.num_switches = 0
+        self.graphs: list[int] = []
+        self._was: tuple[str, bool] | None = None
+
+    def attach(self, optimizer: Any) -> None:
+        """After the session has attached."""
+        optimizer.register_step_pre_hook(self.before_step)
+        optimizer.register_step_post_hook(self.after_step)
+        self.prepare_next()
+
+    def before_step(self, *_: Any) -> None:
+        """nanochat has timed the step before this one."""
+        if self._was is not None:
+            name, analysed = self._was
+            self.seconds.setdefault(name, []).append((float(vars(sys.modules["__main__"])["dt"]), analysed))
+
+    def after_step(self, *_: Any) -> None:
+        """Remember what this step was, and set up the next."""
+        svd, interval = self.session.svd, self.block.interval
+        self._was = (self.block.name, interval > 0 and (svd.step - 1) % interval == 0)
+        if self.block.name != "warm-up":
+            self.graphs.append(compiled_graphs())
+        self.prepare_next()
+
+    def prepare_next(self) -> None:
+        """Settings of the coming step."""
+        following = next(self.schedule, None)
+        if following is None:
+            raise Done
+        self.block, first = following
+        svd = self.session.svd
+        preset, interval = ("fast", self.block.interval) if self.block.interval else ("off", 1)
+        svd.config = dataclasses.replace(svd.config, svd_preset=preset, svd_interval=interval)
+        if first and self.block.action:
+            self.act(self.block.action)
+
+    def act(self, action: str) -> None:
+        """Move every watched matrix."""
+        svd = self.session.svd
+        for name, target in svd.targets.items():
+            g = min(target.W.shape)
+            before = target.num_free_directions
+            r = {"lowrank": g // 2, "rank": max(8, before - g // 16), "full": None}[action]
+            svd.set_mode(name, r)
+            self.num_switches += 1
+
+
+def compiled_graphs() -> int:
+    """Graphs that dynamo has compiled so far, the optimizer's included."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
+
+
+def parse() -> argparse.Namespace:
+    """Flags."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nanochat", required=True, help="checkout")
+    parser.add_argument("--depth", type=int, default=12)
+    parser.add_argument("--max-seq-len", type=int, default=2048)
+    parser.add_argument("--device-batch-size", type=int, default=32)
+    parser.add_argument("--total-batch-size", type=int, default=524288, help="tokens per step")
+    parser.add_argument("--intervals", type=int, nargs="+", default=[0, 20, 1], help="blocks in turn; 0 is off")
+    parser.add_argument("--block-steps", type=int, default=20)
+    parser.add_argument("--warmup-steps", type=int, default=20, help="a multiple of the largest interval")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--rank-changes", type=int, default=3)
+    parser.add_argument("--targets", default="attn")
+    parser.add_argument("--device-type", default="", help="cpu, cuda; default: what nanochat finds")
+    parser.add_argument("--work", default="", help="directory for the made-up data, kept; default: a temporary one")
+    parser.add_argument("--json", default="", help="write the figures to this file")
+    return parser.parse_args()
+
+
+def train_flags(arguments: argparse.Namespace, one_optimizer: bool) -> list[str]:
+    """Flags of base_train: no evaluation, no saving, full attention windows (others need kernels from the network)."""
+    settings: dict[str, object] = {
+        "depth": arguments.depth,
+        "max-seq-len": arguments.max_seq_len,
+        "device-batch-size": arguments.device_batch_size,
+        "total-batch-size": arguments.total_batch_size,
+        "num-iterations": NEVER,
+        "core-metric-every": -1,
+        "eval-tokens": arguments.device_batch_size * arguments.max_seq_len * int(os.environ.get("WORLD_SIZE", "1")),
+    }
+    if arguments.device_type:
+        settings["device-type"] = arguments.device_type
+    if one_optimizer:
+        settings |= {"eval-every": -1, "sample-every": -1, "window-pattern": "L"}
+        return [f"--{name}={value}" for name, value in settings.items()]
+    settings |= {"eval-every": NEVER, "sample-every": NEVER}
+    return [f"--{name.replace('-', '_')}={value}" for name, value in settings.items()]
+
+
+def figures(bench: Bench, arguments: argparse.Namespace, torn: list[str]) -> dict[str, Any]:
+    """Tokens per second by block, relative to the blocks without analyses."""
+    rows = {}
+    for name, times in bench.seconds.items():
+        seconds = [s for s, _ in times]
+        analysed = [s for s, was in times if was]
+        rows[name] = {
+            "steps": len(seconds),
+            "tokens_per_second": arguments.total_batch_size / statistics.fmean(seconds),
+            "median_step_ms": 1000 * statistics.median(seconds),
+            "median_analysis_step_ms": 1000 * statistics.median(analysed) if analysed else None,
+        }
+    base = rows["off"]["tokens_per_second"]
+    for row in rows.values():
+        row["relative"] = row["tokens_per_second"] / base
+    return {
+        "blocks": rows,
+        "num_targets": len(bench.session.svd.targets),
+        "num_switches": bench.num_switches,
+        "recompiles": bench.graphs[-1] - bench.graphs[0],
+        "tensors_that_differ_between_ranks": torn,
+        "peak_memory_gib": peak_memory_gib(),
+    }
+
+
+def peak_memory_gib() -> float:
+    """On the GPU, of this process."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+
+
+def show(result: dict[str, Any]) -> None:
+    """One table."""
+    print(f"\n{'block':<22}{'steps':>6}{'tok/s':>12}{'of off':>9}{'step ms':>10}{'analysis ms':>13}")
+    for name, row in result["blocks"].items():
+        analysis = row["median_analysis_step_ms"]
+        shown = f"{analysis:>13.1f}" if analysis is not None else " " * 13
+        print(
+            f"{name:<22}{row['steps']:>6}{row['tokens_per_second']:>12,.0f}{row['relative']:>9.4f}"
+            f"{row['median_step_ms']:>10.1f}{shown}"
+        )
+    for key in ("num_targets", "num_switches", "recompiles", "tensors_that_differ_between_ranks", "peak_memory_gib"):
+        print(f"{key}: {result[key]}")
+
+
+def main() -> None:
+    """Entry point."""
+    arguments = parse()
+    missing = fill_gaps()
+    rank = int(os.environ.get("RANK", "0"))
+    if rank == 0 and missing:
+        print(f"not installed, empty here: {', '.join(missing)}")
+    base = Path(arguments.work or Path(tempfile.gettempdir(), f"bench-nanochat-{os.getppid()}")).resolve()
+    make_base(base)
+    try:
+        result = measure(arguments, base, rank)
+    finally:
+        if not arguments.work and rank == 0:
+            shutil.rmtree(base, ignore_errors=True)
+    if rank == 0:
+        show(result)
+        if arguments.json:
+            Path(arguments.json).write_text(json.dumps(result, indent=2) + "\n")
+
+
+def measure(arguments: argparse.Namespace, base: Path, rank: int) -> dict[str, Any]:
+    """Run nanochat's script through the plan."""
+    from nanochat_patch import launch, options, ranks
+    from svdtrain.config import SVDConfig
+
+    where = options.Launch(nanochat=arguments.nanochat, run_dir=str(base / "run"))
+    svd = SVDConfig(svd_targets=arguments.targets, svd_switching=False)
+    arguments.json = str(Path(arguments.json).resolve()) if arguments.json else ""
+    session = launch.prepare(options.Options(launch=where, svd=svd))
+    bench = Bench(session, plan(arguments), rank)
+    built = session.optimizer_built
+    models = []
+
+    def optimizer_built(model: Any, setup_name: str, result: Any) -> None:
+        built(model, setup_name, result)
+        bench.attach(result[-1] if isinstance(result, (list, tuple)) else result)
+        models.append(model)
+
+    session.optimizer_built = optimizer_built  # type: ignore[method-assign]
+    from nanochat.gpt import GPT  # type: ignore[import-not-found]
+
+    flags = train_flags(arguments, hasattr(GPT, "setup_optimizer"))
+    session.options = dataclasses.replace(session.options, base_train=tuple(flags))
+    with contextlib.suppress(Done):
+        launch.run_script(session)
+    return figures(bench, arguments, ranks.differing(dict(models[0].named_parameters())))
+
+
+if __name__ == "__main__":
+    main()

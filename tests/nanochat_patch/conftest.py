@@ -1,0 +1,40 @@
+"""One thread, the helpers importable, and real checkouts ready to run."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from real_nanochat import SWITCHING, VOCAB_SIZE, Nanochat, documents, real_checkout, write_shards
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", params=["2026", "2025"])
+def nanochat(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Nanochat:
+    """A real checkout with text and a tokenizer trained by its own script."""
+    path, base = real_checkout(request.param), tmp_path_factory.mktemp("base")
+    texts = documents(240)
+    write_shards(base / "base_data", texts[:200], texts[200:])
+    checkout = Nanochat(request.param, path, base)
+    names = ("vocab-size", "max-chars") if request.param == "2026" else ("vocab_size", "max_chars")
+    checkout.run("-m", "scripts.tok_train", f"--{names[0]}={VOCAB_SIZE}", f"--{names[1]}=200000")
+    return checkout
+
+
+@pytest.fixture(scope="session")
+def switched(nanochat: Nanochat, tmp_path_factory: pytest.TempPathFactory) -> tuple[Nanochat, Path]:
+    """A run of 30 steps in which matrices switch, saved under the tag d2; and its run directory."""
+    run_dir = tmp_path_factory.mktemp("runs") / "switched"
+    nanochat.train_patched(run_dir, SWITCHING, num_iterations=30, eval_every=30, model_tag="d2")
+    return nanochat, run_dir
