@@ -152,6 +152,8 @@ SVD_PRESETS: dict[str, PolicyThresholds] = {
     "fast": PolicyThresholds(danger=0.3, safe=0.5, angle=0.15),
 }
 
+ALARM_ACTIONS = ("lowrank", "protect", "replay", "lr")
+
 
 @dataclass(frozen=True, kw_only=True)
 class SVDConfig:
@@ -165,27 +167,48 @@ class SVDConfig:
     """Steps between two full analyses."""
     svd_warmup: int = 10
     """Steps before the first decision."""
-    svd_min_rank: int = 8
+    svd_min_rank: int = advanced(8)
     """The rank r of the trained part never falls below this."""
-    svd_adapter: Literal["auto", "reregister", "shadow"] = "auto"
+    svd_adapter: Literal["auto", "reregister", "shadow"] = advanced("auto")
     """How B and A reach the optimizer; auto: reregister in our trainer, shadow in a foreign loop."""
-    svd_moments: Literal["map", "reset"] = "map"
+    svd_moments: Literal["map", "reset"] = advanced("map")
     """Optimizer moments of B and A at a switch: mapped from W's by the chain rule, or zero."""
     svd_switching: bool = True
     """False: watch only, never switch."""
     svd_rule: Literal["calibrated", "original"] = "calibrated"
     """What decides: evidence against chance (lift, z, rotation ratio), or the fixed shares of the original design."""
-    svd_min_dwell: int = 3
+    svd_min_dwell: int = advanced(3)
     """Analyses that a matrix stays in a mode before the calibrated rule may change it again."""
     svd_protect: Literal["minor", "core", "middle", "principal", "random", "activation"] = "minor"
     """What low-rank mode trains (minor, middle, principal, random singular directions), or what it keeps updates out
     of: core (the principal-principal block), activation (the principal inputs of a reference set)."""
-    svd_protect_share: float = 0.25
+    svd_protect_share: float = advanced(0.25)
     """activation: share of the input directions that are protected."""
-    svd_protect_strength: float = 0.0
+    svd_protect_strength: float = advanced(0.0)
     """activation: 0 protects them outright; above 0 shrinks updates softly, 4 is a good start."""
-    svd_match_rms: bool = False
+    svd_match_rms: bool = advanced(False)
     """Scale updates in low-rank mode to the norm that the full update would have had."""
+    svd_on_alarm: str = "lowrank"
+    """What an alarm does, comma-separated: lowrank, protect (their inputs), lr (lower it) act on the matrices that it
+    names, replay mixes in first-seen text; none: only report."""
+    svd_interference_every: int = advanced(20)
+    """Steps between two measurements of forgetting and interference; 0: no measurements, no alarm."""
+    svd_replay_share: float = advanced(0.02)
+    """replay: share of the rows of a batch that is replaced by first-seen ones while an alarm is up; .01 to .05."""
+    svd_alarm_lr: float = advanced(0.5)
+    """lr: factor on the learning rate of the named matrices while an alarm is up."""
+    svd_alarm_rank: float = advanced(0.25)
+    """lowrank: rank of the named matrices, as a share of their smaller side."""
+    svd_alarm_nats: float = advanced(0.05)
+    """Rise of the loss on first-seen text, in nats a token, from which there is an alarm."""
+    svd_alarm_z: float = advanced(4.0)
+    """Standard deviations above normal from which a cheap statistic asks for a measurement at once."""
+    svd_alarm_patience: int = advanced(3)
+    """Calm measurements in a row that end an alarm."""
+    svd_reference_rows: int = advanced(0)
+    """Rows of first-seen text whose gradient is taken; 0: a sixteenth of the batch. Compiled, whole micro-batches."""
+    svd_probe_rows: int = advanced(8)
+    """Rows, at least, of the probe and of the control set; never fewer than reference rows."""
 
     def __post_init__(self) -> None:
         _require(self.svd_interval >= 1, f"--svd-interval must be at least 1, got {self.svd_interval}")
@@ -200,6 +223,40 @@ class SVDConfig:
             self.svd_protect_strength >= 0,
             f"--svd-protect-strength must not be negative, got {self.svd_protect_strength}",
         )
+        self._check_alarm()
+
+    def _check_alarm(self) -> None:
+        for name in ("svd_interference_every", "svd_reference_rows"):
+            _require(getattr(self, name) >= 0, f"--{name.replace('_', '-')} must not be negative")
+        for name in ("svd_replay_share", "svd_alarm_lr", "svd_alarm_rank"):
+            value = getattr(self, name)
+            _require(0 < value < 1, f"--{name.replace('_', '-')} must lie between 0 and 1, got {value}")
+        for name in ("svd_alarm_nats", "svd_alarm_z"):
+            _require(getattr(self, name) > 0, f"--{name.replace('_', '-')} must be positive, got {getattr(self, name)}")
+        for name in ("svd_alarm_patience", "svd_probe_rows"):
+            _require(getattr(self, name) >= 1, f"--{name.replace('_', '-')} must be at least 1")
+        actions = self.alarm_actions
+        _require(
+            not ({"lowrank", "protect"} <= set(actions)),
+            "--svd-on-alarm takes lowrank or protect, not both: a matrix is confined in one way at a time",
+        )
+        _require(
+            not ("lr" in actions and self.svd_match_rms),
+            "--svd-on-alarm lr cannot work with --svd-match-rms, which sets the size of updates itself",
+        )
+
+    @property
+    def alarm_actions(self) -> tuple[str, ...]:
+        """What an alarm does, of lowrank, protect, replay and lr; () for none."""
+        named = tuple(dict.fromkeys(part.strip() for part in self.svd_on_alarm.split(",")))
+        if named == ("none",):
+            return ()
+        unknown = [part for part in named if part not in ALARM_ACTIONS]
+        _require(
+            not unknown,
+            f"--svd-on-alarm takes {', '.join(ALARM_ACTIONS)} (several with commas) or none, got {self.svd_on_alarm!r}",
+        )
+        return named
 
     @property
     def thresholds(self) -> PolicyThresholds:
