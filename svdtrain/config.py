@@ -241,6 +241,10 @@ class SVDConfig:
             "--svd-on-alarm takes lowrank or protect, not both: a matrix is confined in one way at a time",
         )
         _require(
+            not ("lr" in actions and self.svd_adapter == "shadow"),
+            "--svd-on-alarm lr needs --svd-adapter auto or reregister: shadow steps B and A out of its reach",
+        )
+        _require(
             not ("lr" in actions and self.svd_match_rms),
             "--svd-on-alarm lr cannot work with --svd-match-rms, which sets the size of updates itself",
         )

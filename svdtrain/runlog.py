@@ -8,7 +8,7 @@
 
 Every record has `kind`, `step` (optimizer steps completed), `time` (Unix seconds) and `restart` (0 for the first
 process of a run, 1 after the first resume ...). Kinds: start, resume, train, eval, svd, switch, alert, sample,
-checkpoint, end.
+checkpoint, forgetting, trigger, alarm, end.
 A step that is repeated after a resume appears once per restart; readers keep the newest restart.
 """
 

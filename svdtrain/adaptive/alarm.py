@@ -1,7 +1,7 @@
 """The alarm: cheap triggers at every step, confirmed by measured harm to first-seen data, with hysteresis. No tensors.
 
 A trigger only asks for a measurement at once. The alarm goes up on evidence: the loss on first-seen text has risen by
-more than can be noise, and the watched matrices' interference says that they did it. It goes down after several calm
+more than can be noise, and interference names watched matrices that made it rise. It goes down after several calm
 measurements in a row. No share of a spectrum announces harm better than loss and gradient norm do (docs/METHOD.md), so
 the shares (`lift`) are one trigger among others.
 """
@@ -114,22 +114,24 @@ class Alarm:
     def consider(self, evidence: Evidence) -> Transition:
         """Judge one measurement.
 
-        Raised: harm above `nats`, its interval above zero, and interference above zero. While it is up, matrices that
-        do harm are added to the named ones. A measurement is calm when the loss did not rise or the matrices did not
-        make it rise. Comparisons with nan (not measured) are False: no evidence raises nothing.
+        Raised: harm above `nats`, its interval above zero, the loss still rising, and a matrix with interference above
+        zero to name. While it is up, matrices that do harm are added to the named ones. A measurement is calm when the
+        loss did not rise, or by no matrix' doing. Comparisons with nan (not measured) are False: no evidence raises
+        nothing.
         """
-        harmful = evidence.rise > 0 and evidence.total > 0
+        guilty = blame(evidence.interference)
+        harmful = evidence.rise > 0 and bool(guilty)
         if not self.up:
             if not (harmful and evidence.harm > self.nats and evidence.harm_low > 0):
                 return "quiet"
-            self.up, self.since, self.calm, self.named = True, evidence.step, 0, blame(evidence.interference)
+            self.up, self.since, self.calm, self.named = True, evidence.step, 0, guilty
             return "raised"
         self.calm = 0 if harmful else self.calm + 1
         if self.calm >= self.patience:
             self.up, self.calm, self.named = False, 0, ()
             return "cleared"
         if harmful:
-            self.named = tuple(dict.fromkeys((*self.named, *blame(evidence.interference))))
+            self.named = tuple(dict.fromkeys((*self.named, *guilty)))
         return "kept"
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,15 +1,15 @@
 """Interference with what was learned first: I_W = <G_ref, dW>, in nats, by matrix and by direction.
 
 G_ref is the gradient of a reference loss: the mean loss of a fixed batch of first-seen data. To first order I_W is what
-the updates of one matrix since the last measurement did to that loss; positive is harm. It adds up over matrices and over
-orthogonal directions, so it says which matrix clobbers, and through which part of its spectrum.
+the updates of one matrix since the last measurement did to that loss; positive is harm. It adds up over matrices and
+over orthogonal directions, so it says which matrix clobbers, and through which part of its spectrum.
 
 Curvature. <G_ref, dW> at the end of the window overestimates the change by half of dW H dW, at its start it
 underestimates it by as much. The mean of both (the trapezoid rule) is exact to second order, and half their difference
 *is* the curvature: no quiet window is needed. Before there are two measurements nothing is known, and it says nan.
 
-Cost of a measurement: one forward and backward pass of the reference batch and one pass over the matrices. Memory between
-measurements: one copy of every matrix, and its last G_ref in bfloat16 (6 bytes a weight where weights are float32).
+Cost of a measurement: one forward and backward pass of the reference batch and one pass over the matrices. Memory
+between measurements: one copy of every matrix, and its last G_ref in bfloat16 (6 bytes a weight, weights in float32).
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ class Interference:
         *,
         average: Callable[[Tensor], Tensor] = lambda values: values,
     ) -> None:
-        """`reference_loss` runs a forward and returns the mean loss, [] in nats; or several, of equal weight, over whose
-        parts the bootstrap then draws. `average`: mean over ranks of a small CPU tensor, where each has its own part."""
+        """`reference_loss` runs a forward and returns the mean loss, [] in nats; or several, of equal weight, which the
+        bootstrap then draws from. `average`: mean over ranks of a small CPU tensor, where each has a part of its own."""
         self.targets = dict(targets)
         self.reference_losses = [reference_loss] if callable(reference_loss) else list(reference_loss)
         if not self.targets or not self.reference_losses:

@@ -10,7 +10,7 @@ import pytest
 from svdtrain.adaptive.alarm import Alarm, Evidence, RunningScale, Triggers, blame
 from svdtrain.config import SVDConfig
 
-QUIET = {"a": -0.01, "b": 0.002}
+QUIET = {"a": -0.01, "b": -0.002}
 HARM = {"a": 0.08, "b": 0.01, "c": 0.03, "d": -0.05}
 
 
@@ -115,7 +115,8 @@ def test_alarm_survives_a_save() -> None:
 def test_blame() -> None:
     assert blame({"a": 6.0, "b": 3.0, "c": 1.0}) == ("a", "b")
     assert blame({"a": 6.0, "b": 3.0, "c": 1.0}, share=1.0) == ("a", "b", "c")
-    assert blame(QUIET) == ("b",)
+    assert blame({"a": -6.0, "b": 3.0}) == ("b",)
+    assert blame(QUIET) == ()
     assert blame({"a": -1.0}) == blame({}) == blame({"a": math.nan}) == ()
 
 
