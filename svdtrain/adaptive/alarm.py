@@ -1,7 +1,7 @@
 """The alarm: cheap triggers at every step, confirmed by measured harm to first-seen data, with hysteresis. No tensors.
 
 A trigger only asks for a measurement at once. The alarm goes up on evidence: the loss on first-seen text has risen by
-more than can be noise, and interference names watched matrices that made it rise. It goes down after several calm
+more than can be noise. Interference names the watched matrices that made it rise. It goes down after several calm
 measurements in a row. No share of a spectrum announces harm better than loss and gradient norm do (docs/METHOD.md), so
 the shares (`lift`) are one trigger among others.
 """
@@ -114,13 +114,13 @@ class Alarm:
     def consider(self, evidence: Evidence) -> Transition:
         """Judge one measurement.
 
-        Raised: harm above `nats`, its interval above zero, the loss still rising, and a matrix with interference above
-        zero to name. While it is up, matrices that do harm are added to the named ones. A measurement is calm when the
-        loss did not rise, or by no matrix' doing. Comparisons with nan (not measured) are False: no evidence raises
-        nothing.
+        Raised: harm above `nats`, its interval above zero, and the loss still rising; the matrices named are those with
+        interference above zero (none, where others did it). While it is up, matrices that do harm are added. A
+        measurement is calm when the loss did not rise. Comparisons with nan (not measured) are False: no evidence
+        raises nothing.
         """
         guilty = blame(evidence.interference)
-        harmful = evidence.rise > 0 and bool(guilty)
+        harmful = evidence.rise > 0
         if not self.up:
             if not (harmful and evidence.harm > self.nats and evidence.harm_low > 0):
                 return "quiet"

@@ -90,7 +90,7 @@ class Interference:
         average: Callable[[Tensor], Tensor] = lambda values: values,
     ) -> None:
         """`reference_loss` runs a forward and returns the mean loss, [] in nats; or several, of equal weight, which the
-        bootstrap then draws from. `average`: mean over ranks of a small CPU tensor, where each has a part of its own."""
+        bootstrap then draws from. `average`: mean over ranks of a small CPU tensor, where each has its own part."""
         self.targets = dict(targets)
         self.reference_losses = [reference_loss] if callable(reference_loss) else list(reference_loss)
         if not self.targets or not self.reference_losses:

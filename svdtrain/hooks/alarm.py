@@ -140,7 +140,7 @@ class AlarmHook(Hook):
             self.forgetting.rebase()
             for action in self.actions:
                 action.end(state)
-        elif added:
+        elif added or transition == "raised":
             for action in self.actions:
                 action.begin(state, added, finding)
         self._report(state, transition, added, finding)
@@ -161,9 +161,8 @@ class AlarmHook(Hook):
         if transition == "raised":
             state.alert("WARNING", "interference", _sentence(fields, evidence.interference))
         elif transition == "cleared":
-            state.alert(
-                "INFO", "interference", f"the alarm of step {self.alarm.since} is over: first-seen text is safe"
-            )
+            message = f"no more loss of first-seen text ({evidence.harm:.3f} nats stay lost)"
+            state.alert("INFO", "interference", f"the alarm of step {self.alarm.since} is over: {message}")
 
     def _describe(self, name: str, finding: Finding) -> dict[str, Any]:
         """Nats of one matrix, and through which directions: W's principal left ones, the inputs' principal ones."""
@@ -181,6 +180,7 @@ class AlarmHook(Hook):
 
 def _sentence(fields: Record, nats: Any) -> str:
     worst = ", ".join(f"{matrix['name']} ({matrix['nats']:+.4f})" for matrix in fields["matrices"][:3])
+    worst = worst or "no watched matrix"
     more = f" and {len(fields['matrices']) - 3} more" if len(fields["matrices"]) > 3 else ""
     acts = ", ".join(fields["actions"]) or "none"
     return (

@@ -92,14 +92,19 @@ def test_matrices_that_do_harm_later_are_added() -> None:
         {"low": -0.01},  # may be noise
         {"low": math.nan},  # one row: nothing known of the noise
         {"rise": -0.01},  # over already
-        {"nats": QUIET},  # the watched matrices did not do it
-        {"nats": {"a": math.nan}},
+        {"rise": math.nan},
     ],
 )
 def test_nothing_less_raises_it(weak: dict) -> None:
     alarm = Alarm(nats=0.05, patience=1)
     assert alarm.consider(evidence(1, **{"harm": 0.3, "low": 0.2, "rise": 0.1, "nats": HARM, **weak})) == "quiet"
     assert not alarm.up
+
+
+def test_harm_by_others_names_nobody() -> None:
+    alarm = Alarm(nats=0.05, patience=1)
+    assert alarm.consider(evidence(1, harm=0.3, low=0.2, rise=0.1, nats=QUIET)) == "raised"
+    assert alarm.named == ()
 
 
 def test_alarm_survives_a_save() -> None:
