@@ -15,10 +15,12 @@ from torch import nn
 from ssm_blocks.adapter import AttentionAdapter, mixer_factory
 from ssm_blocks.mixer import non_matrix_parameters
 from svdtrain.config import ModelConfig, RunConfig
-from svdtrain.data.stream import PreparedData, TokenStream, prepare, validation_batches
+from svdtrain.data.stream import Batch, PreparedData, ReplayStream, TokenStream, prepare, validation_batches
 from svdtrain.hooks.adaptive_svd import AdaptiveSVDHook
+from svdtrain.hooks.alarm import AlarmHook
 from svdtrain.hooks.alerts import AlertRules, Notifier
 from svdtrain.hooks.console import ConsoleSink
+from svdtrain.hooks.forgetting import ForgettingHook
 from svdtrain.hooks.guards import NonFiniteGuard
 from svdtrain.hooks.sample import SampleText
 from svdtrain.hooks.sinks import JsonlSink
@@ -65,9 +67,17 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
-def build_trainer(config: RunConfig, run_path: Path, console: Console, *, extra_hooks: Sequence[Hook] = ()) -> Trainer:
+def build_trainer(
+    config: RunConfig,
+    run_path: Path,
+    console: Console,
+    *,
+    extra_hooks: Sequence[Hook] = (),
+    wrap_stream: Callable[[TokenStream], Any] = lambda stream: stream,
+) -> Trainer:
     """Everything a run needs, ready for `Trainer.fit`; `extra_hooks` are your own, called after ours of equal priority.
 
+    `wrap_stream` puts a training stream of your own in place of the plain one; it must have what ReplayStream uses.
     Raises ValueError where the configuration cannot work.
     """
     kind = resolve_device(config.train.device).type
@@ -89,14 +99,14 @@ def build_trainer(config: RunConfig, run_path: Path, console: Console, *, extra_
         run=RunDirectory(run_path, writable=world.is_main),
         world=world,
         device=device,
-        stream=stream,
+        stream=ReplayStream(wrap_stream(stream)),
         tokenizer=data.tokenizer,
         num_iterations=config.train.num_iterations,
     )
     _describe(state, model, data, console)
     return Trainer(
         state,
-        [*build_hooks(config, model, device, world, console), *extra_hooks],
+        [*build_hooks(config, model, device, world, console, data), *extra_hooks],
         build_optimizer=_optimizer_builder(config),
         evaluate=_evaluator(config, data, device, world),
         compile_model=_compiler(config, device),
@@ -132,11 +142,17 @@ def _mixer_factory(config: ModelConfig) -> MixerFactory:
     return mixer_factory(name, CausalSelfAttention, config.mixer_pattern)
 
 
-def build_hooks(config: RunConfig, model: GPT, device: torch.device, world: World, console: Console) -> list[Hook]:
+def build_hooks(
+    config: RunConfig, model: GPT, device: torch.device, world: World, console: Console, data: PreparedData
+) -> list[Hook]:
     """The hooks of a run, in registration order."""
     hooks: list[Hook] = [NonFiniteGuard()]
     if config.svd.svd_preset != "off":
-        hooks.append(AdaptiveSVDHook(config.svd))
+        svd = AdaptiveSVDHook(config.svd)
+        if config.svd.svd_interference_every:
+            forgetting = ForgettingHook(config.svd, svd, _control_rows(config, data))
+            hooks += [forgetting, AlarmHook(config.svd, forgetting, svd)]  # before svd: see AlarmHook
+        hooks.append(svd)
     peak_flops = world.size * _peak_flops(device)
     hooks.append(TrainLog(flops_per_token=model.estimate_flops_per_token(), peak_flops=peak_flops))
     log = config.log
@@ -170,6 +186,17 @@ def _prepare_data(config: RunConfig, world: World, console: Console) -> Prepared
         return data
     barrier(world)
     return run()
+
+
+def _control_rows(config: RunConfig, data: PreparedData) -> Callable[[int], Batch]:
+    """Rows that are never trained on, spread over the validation text."""
+    seq_len = config.model.max_seq_len
+
+    def rows(num_rows: int) -> Batch:
+        num_rows = min(num_rows, data.val.num_rows(seq_len))
+        return validation_batches(data.val, num_rows, seq_len, num_tokens=num_rows * seq_len)[0]
+
+    return rows
 
 
 def _check_batch(config: RunConfig, world: World) -> None:

@@ -161,6 +161,8 @@ SVD_PRESETS: dict[str, PolicyThresholds] = {
     "fast": PolicyThresholds(danger=0.3, safe=0.5, angle=0.15),
 }
 
+ALARM_ACTIONS = ("lowrank", "protect", "replay", "lr")
+
 
 @dataclass(frozen=True, kw_only=True)
 class SVDConfig:
@@ -200,6 +202,27 @@ class SVDConfig:
     """activation: 0 protects them outright; above 0 shrinks updates softly, 4 is a good start."""
     svd_match_rms: bool = advanced(False)
     """Scale updates in low-rank mode to the norm that the full update would have had."""
+    svd_on_alarm: str = "lowrank"
+    """What an alarm does, comma-separated: lowrank, protect (their inputs), lr (lower it) act on the matrices that it
+    names, replay mixes in first-seen text; none: only report."""
+    svd_interference_every: int = advanced(20)
+    """Steps between two measurements of forgetting and interference; 0: no measurements, no alarm."""
+    svd_replay_share: float = advanced(0.02)
+    """replay: share of the rows of a batch that is replaced by first-seen ones while an alarm is up; .01 to .05."""
+    svd_alarm_lr: float = advanced(0.5)
+    """lr: factor on the learning rate of the named matrices while an alarm is up."""
+    svd_alarm_rank: float = advanced(0.25)
+    """lowrank: rank of the named matrices, as a share of their smaller side."""
+    svd_alarm_nats: float = advanced(0.05)
+    """Rise of the loss on first-seen text, in nats a token, from which there is an alarm."""
+    svd_alarm_z: float = advanced(4.0)
+    """Standard deviations above normal from which a cheap statistic asks for a measurement at once."""
+    svd_alarm_patience: int = advanced(3)
+    """Calm measurements in a row that end an alarm."""
+    svd_reference_rows: int = advanced(0)
+    """Rows of first-seen text whose gradient is taken; 0: a sixteenth of the batch. Compiled, whole micro-batches."""
+    svd_probe_rows: int = advanced(8)
+    """Rows, at least, of the probe and of the control set; never fewer than reference rows."""
 
     def __post_init__(self) -> None:
         _require(self.svd_interval >= 1, f"--svd-interval must be at least 1, got {self.svd_interval}")
@@ -215,6 +238,44 @@ class SVDConfig:
             self.svd_protect_strength >= 0,
             f"--svd-protect-strength must not be negative, got {self.svd_protect_strength}",
         )
+        self._check_alarm()
+
+    def _check_alarm(self) -> None:
+        for name in ("svd_interference_every", "svd_reference_rows"):
+            _require(getattr(self, name) >= 0, f"--{name.replace('_', '-')} must not be negative")
+        for name in ("svd_replay_share", "svd_alarm_lr", "svd_alarm_rank"):
+            value = getattr(self, name)
+            _require(0 < value < 1, f"--{name.replace('_', '-')} must lie between 0 and 1, got {value}")
+        for name in ("svd_alarm_nats", "svd_alarm_z"):
+            _require(getattr(self, name) > 0, f"--{name.replace('_', '-')} must be positive, got {getattr(self, name)}")
+        for name in ("svd_alarm_patience", "svd_probe_rows"):
+            _require(getattr(self, name) >= 1, f"--{name.replace('_', '-')} must be at least 1")
+        actions = self.alarm_actions
+        _require(
+            not ({"lowrank", "protect"} <= set(actions)),
+            "--svd-on-alarm takes lowrank or protect, not both: a matrix is confined in one way at a time",
+        )
+        _require(
+            not ("lr" in actions and self.svd_adapter == "shadow"),
+            "--svd-on-alarm lr needs --svd-adapter auto or reregister: shadow steps B and A out of its reach",
+        )
+        _require(
+            not ("lr" in actions and self.svd_match_rms),
+            "--svd-on-alarm lr cannot work with --svd-match-rms, which sets the size of updates itself",
+        )
+
+    @property
+    def alarm_actions(self) -> tuple[str, ...]:
+        """What an alarm does, of lowrank, protect, replay and lr; () for none."""
+        named = tuple(dict.fromkeys(part.strip() for part in self.svd_on_alarm.split(",")))
+        if named == ("none",):
+            return ()
+        unknown = [part for part in named if part not in ALARM_ACTIONS]
+        _require(
+            not unknown,
+            f"--svd-on-alarm takes {', '.join(ALARM_ACTIONS)} (several with commas) or none, got {self.svd_on_alarm!r}",
+        )
+        return named
 
     @property
     def thresholds(self) -> PolicyThresholds:

@@ -8,7 +8,7 @@
 
 Every record has `kind`, `step` (optimizer steps completed), `time` (Unix seconds) and `restart` (0 for the first
 process of a run, 1 after the first resume ...). Kinds: start, resume, train, eval, svd, svd_step, switch, alert,
-sample, checkpoint, end.
+sample, checkpoint, forgetting, trigger, alarm, end.
 
 `svd`, every svd_interval steps: everything of every watched matrix under svd/<layer>/<metric> (`r`, `mode`, the
 numbers of the decision, and with the tracked engine ranks, blocks of the update and the quality of the basis).

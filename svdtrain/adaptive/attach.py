@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from svdtrain.adaptive.controller import AdaptiveSVD
+from svdtrain.adaptive.interference import Interference, Reading, ReferenceLoss
 from svdtrain.adaptive.registration import Adapter, Reregister
 from svdtrain.adaptive.shadow import Shadow
 from svdtrain.adaptive.target import Change
@@ -35,10 +37,17 @@ class AttachedSVD(AdaptiveSVD):
         adapter: Adapter | None = None,
         log: Callable[[str], None] | None = None,
         average_gradients: bool = False,
+        reference_loss: ReferenceLoss | None = None,
     ) -> None:
         """See `attach`."""
         super().__init__(model, optimizer, config, adapter=adapter, log=log)
         self._average_gradients = average_gradients
+        watched = {name: target.W for name, target in self.targets.items()}
+        self.interference: Interference | None = None
+        self.reading: Reading | None = None
+        """The newest measurement."""
+        if reference_loss is not None:
+            self.interference = Interference(watched, reference_loss, average=_mean_over_ranks)
         self.step = 0
         self.changes: list[Change] = []
         self._handles = [
@@ -108,15 +117,32 @@ class AttachedSVD(AdaptiveSVD):
         stepped = found_inf is None or not bool(found_inf)
         self.changes += self.after_step(self.step, stepped)
         self.step += 1
+        every = self.config.svd_interference_every
+        if self.interference is not None and every and stepped and self.step % every == 0:
+            self._measure_interference(self.interference)
+
+    def _measure_interference(self, interference: Interference) -> None:
+        """After `step` steps, so that the analysis of step number `step`, the next one, knows it."""
+        self.reading = interference.measure()
+        if not math.isnan(self.reading.total):
+            self.note_interference(self.reading.nats)
+        interference.advance()
+
+    def metrics(self) -> dict[str, float]:
+        """As AdaptiveSVD's, with the newest interference."""
+        return {**super().metrics(), **(self.reading.metrics() if self.reading is not None else {})}
 
     def state_dict(self) -> dict[str, Any]:
         """As AdaptiveSVD's, with the step counter."""
-        return {**super().state_dict(), "step": self.step}
+        state = {**super().state_dict(), "step": self.step}
+        return state if self.interference is None else {**state, "interference": self.interference.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `AdaptiveSVD.load_state_dict`."""
         super().load_state_dict(state)
         self.step = state["step"]
+        if self.interference is not None and "interference" in state:
+            self.interference.load_state_dict(state["interference"])
 
     def detach(self) -> None:
         """Back to plain training; the hooks are gone."""
@@ -132,16 +158,34 @@ def attach(
     *,
     log: Callable[[str], None] | None = None,
     average_gradients: bool = False,
+    reference_loss: ReferenceLoss | None = None,
 ) -> AttachedSVD:
     """Watch and adapt the matrices of `model` from now on; nothing else in the loop changes.
 
     Gradients are read when `optimizer.step()` is called, so accumulation, clipping, unscaling and averaging before it
     are seen. `config.svd_adapter` auto means shadow: the host's groups, state and checkpoints stay as they are. To
     resume, call `load_state_dict` on the result before training goes on. `average_gradients`: for data-parallel hosts
-    whose optimizer averages gradients inside its own step, so that each rank holds its own before it. Raises what
-    AdaptiveSVD raises.
+    whose optimizer averages gradients inside its own step, so that each rank holds its own before it.
+
+    `reference_loss` runs a forward on a fixed batch of first-seen data and returns its mean loss: every
+    `svd_interference_every` steps the interference of each matrix with it is measured (one backward pass, p.grad stays
+    as it is), the policy is told, and `reading` and `metrics()` have it. Give it the plain module, not a
+    DistributedDataParallel wrapper, which would wait for gradients that are never averaged. Raises what AdaptiveSVD
+    raises.
     """
-    return AttachedSVD(model, optimizer, config, log=log, average_gradients=average_gradients)
+    return AttachedSVD(
+        model, optimizer, config, log=log, average_gradients=average_gradients, reference_loss=reference_loss
+    )
+
+
+def _mean_over_ranks(values: Tensor) -> Tensor:
+    """Mean of a small CPU tensor over all ranks, where there are any; on the GPU for NCCL."""
+    if not dist.is_initialized():
+        return values
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    total = values.to(device)
+    dist.all_reduce(total)
+    return total.cpu() / dist.get_world_size()
 
 
 def _inside_grad_scaler() -> bool:

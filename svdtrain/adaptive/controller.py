@@ -61,6 +61,8 @@ class AdaptiveSVD:
         self._transitions = Transitions(self.config, self._adapter)
         watching = self.config.svd_preset != "off" and self.config.svd_engine == "tracked"
         self._monitor = Monitor(self.config, self.targets, group) if watching else None
+        self.held: set[str] = set()
+        """Matrices that keep their mode whatever the policy says: an alarm has put them there."""
         self._interference: dict[str, float] = {}
         self._log = log or logger.info
         self._events: list[dict[str, Any]] = []
@@ -148,6 +150,16 @@ class AdaptiveSVD:
         target.r = r
         if self._monitor is not None:
             self._monitor.set_ranks({name: r})
+
+    def protect_inputs(self, name: str) -> None:
+        """Keep the updates of one matrix out of its principal inputs on the reference data (SPECTRAL section 5), from
+        the next step on and whatever svd_protect is; `set_mode(name, None)` ends it. Raises ValueError for an unknown
+        name or one without `set_references`."""
+        if name not in self.targets:
+            raise ValueError(f"{name!r} is not watched; watched are: {', '.join(self.targets)}")
+        if name not in self._transitions.references:
+            raise ValueError(f"{name!r}: protecting its inputs needs set_references() first")
+        self._transitions.guard_inputs(self.targets[name])
 
     def set_references(self, covariances: Mapping[str, Tensor]) -> None:
         """E[x x^T] [n, n] of each matrix' inputs on reference data, by short name, for protect=activation. Raises
@@ -356,7 +368,7 @@ class AdaptiveSVD:
             min_dwell=config.svd_min_dwell,
         )
         logger.debug("step %d, %s: %s", step, target.name, diagnostics)
-        if not config.svd_switching:
+        if not config.svd_switching or target.name in self.held:
             use_lowrank = target.lowrank
         elif use_lowrank and not self._transitions.possible(target):
             self._warn(step, target.name, "protect=activation, but nothing is known of its inputs: it stays full")

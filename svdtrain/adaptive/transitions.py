@@ -59,6 +59,15 @@ class Transitions:
         _switched(target)
         _log_counts("after the switch to low-rank", target)
 
+    def guard_inputs(self, target: Target) -> None:
+        """Any mode -> guarded by the inputs' covariance, whatever `svd_protect` is."""
+        guard = self._activation_guard(target)
+        if target.lowrank:
+            self.to_full(target)
+        target.guard = guard
+        _switched(target)
+        _log_counts("after its inputs were protected", target)
+
     def refactor(self, target: Target, decomposition: Decomposition | None, r: int) -> None:
         """Recompute everything from the current W at rank r."""
         if not self.needs_decomposition:

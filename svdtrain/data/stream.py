@@ -15,6 +15,7 @@ from svdtrain.data.token_files import Batch, TokenFiles
 __all__ = [
     "Batch",
     "PreparedData",
+    "ReplayStream",
     "TokenFiles",
     "TokenStream",
     "ValidationBatches",
@@ -103,27 +104,32 @@ def mixed_batch(
     replay_share: float,
     replay_rows: int,
     replay: TokenStream | None = None,
+    first_replayed: int = 0,
     rank: int = 0,
     world_size: int = 1,
 ) -> Batch:
     """`stream.batch(step)` with a share of its rows replaced by old ones; a pure function of its arguments.
 
-    The old rows are the first `replay_rows` that `replay` (default: `stream` itself) gave to training, over and over
-    in that order, evenly spread over the batch. The other rows are those of the batch without replay, so runs with
-    and without it compare step by step. A share that is no whole number of rows is kept on average over steps.
+    The old rows are the first `replay_rows` that `replay` (default: `stream` itself) gave to training, leaving out the
+    first `first_replayed`, over and over in that order, evenly spread over the batch. The other rows are those of the
+    batch without replay, so runs with and without it compare step by step. A share that is no whole number of rows is
+    kept on average over steps.
     """
     old = stream if replay is None else replay
     if not 0.0 <= replay_share <= 1.0:
         raise ValueError(f"replay_share must lie in [0, 1], got {replay_share}")
-    if not 0 < replay_rows <= old.rows_per_epoch:
-        raise ValueError(f"replay_rows must be from 1 to {old.rows_per_epoch} (one epoch), got {replay_rows}")
+    if not 0 <= first_replayed < replay_rows <= old.rows_per_epoch:
+        raise ValueError(
+            f"replay_rows must be from {first_replayed + 1} to {old.rows_per_epoch} (one epoch), got {replay_rows}"
+        )
     if old.seq_len != stream.seq_len:
         raise ValueError(f"replayed rows have {old.seq_len} tokens, fresh ones {stream.seq_len}: make them equal")
     replayed = _replayed(stream.batch_size, step, replay_share)
     inputs, targets = stream.batch(step, rank, world_size)
     for local, slot in enumerate(_rank_slots(stream.batch_size, rank, world_size)):
         if int(slot) in replayed:
-            old_inputs, old_targets = old.rows_seen(np.array([replayed[int(slot)] % replay_rows]))
+            place = first_replayed + replayed[int(slot)] % (replay_rows - first_replayed)
+            old_inputs, old_targets = old.rows_seen(np.array([place]))
             inputs[local], targets[local] = old_inputs[0], old_targets[0]
     return inputs, targets
 
@@ -133,6 +139,53 @@ def _replayed(batch_size: int, step: int, share: float) -> dict[int, int]:
     before = math.floor(step * share * batch_size)
     count = math.floor((step + 1) * share * batch_size) - before
     return {(2 * n + 1) * batch_size // (2 * count): before + n for n in range(count)}
+
+
+class ReplayStream:
+    """A stream that mixes in first-seen rows from one step to another; a pure function of step and `schedule`.
+
+    schedule: (first step, share, first row, end of the rows that are replayed), in ascending order of steps. Whoever
+    calls `replay` saves it and puts it back on a resume.
+    """
+
+    def __init__(self, stream: TokenStream) -> None:
+        self.stream = stream
+        self.schedule: list[tuple[int, float, int, int]] = []
+
+    @property
+    def batch_size(self) -> int:
+        """Rows per step, over all ranks."""
+        return self.stream.batch_size
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows that `first_rows` can give."""
+        return self.stream.rows_per_epoch
+
+    def first_rows(self, num_rows: int) -> Batch:
+        """See `TokenStream.first_rows`."""
+        return self.stream.first_rows(num_rows)
+
+    def replay(self, from_step: int, share: float, *, keep_out: int = 0) -> None:
+        """From a step on, fill `share` of the rows with the first half of all that were seen until then; 0 ends it.
+
+        The first `keep_out` rows stay out, so that a probe made of them measures no training on itself. Where nothing
+        has been seen yet, nothing is replayed.
+        """
+        stop = min(from_step * self.batch_size // 2, self.rows_per_epoch)
+        self.schedule = [entry for entry in self.schedule if entry[0] < from_step]
+        self.schedule.append((from_step, share if stop > keep_out else 0.0, keep_out, stop))
+
+    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
+        """See `TokenStream.batch` and `mixed_batch`."""
+        in_force = next((entry for entry in reversed(self.schedule) if entry[0] <= step), None)
+        if in_force is None or in_force[1] == 0:
+            return self.stream.batch(step, rank, world_size)
+        _, share, first, stop = in_force
+        return mixed_batch(
+            self.stream, step, replay_share=share, replay_rows=stop, first_replayed=first,
+            rank=rank, world_size=world_size,
+        )  # fmt: skip
 
 
 class ValidationBatches:

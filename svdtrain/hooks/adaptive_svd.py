@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch.distributed as dist
 
@@ -32,34 +32,49 @@ class AdaptiveSVDHook(Hook):
         self._publish_substitutes(state)
 
     def on_backward_end(self, state: TrainState) -> None:
-        self._running.project_gradients()
+        self.running.project_gradients()
 
     def on_optimizer_step_end(self, state: TrainState, stepped: bool) -> None:
-        changes = self._running.after_step(state.step, stepped)
+        changes = self.running.after_step(state.step, stepped)
         self._publish_substitutes(state)
         for change in changes:
             state.params_changed(_public(change))
-        for event in self._running.events():
+        for event in self.running.events():
             state.alert(event["level"], "svd", f"{event['name']}: {event['message']}")
         if stepped:
             self._log(state)
 
     def _log(self, state: TrainState) -> None:
         """Every step the few numbers over all matrices, at a decision everything of every matrix."""
-        seen = self._running.step_metrics()
+        seen = self.running.step_metrics()
         if seen:
             state.log("svd_step", {key: _short(value) for key, value in seen.items()})
         if state.step % self.config.svd_interval == 0:
-            state.log("svd", {key: _short(value) for key, value in self._running.metrics().items()})
+            state.log("svd", {key: _short(value) for key, value in self.running.metrics().items()})
+
+    def switch(self, state: TrainState, name: str, mode: Literal["lowrank", "protect", "full"], *, reason: str) -> None:
+        """Put one matrix into a mode by hand, between steps, and announce it. lowrank: at `svd_alarm_rank`."""
+        target = self.running.targets[name]
+        before = target.num_free_directions
+        if mode == "protect":
+            self.running.protect_inputs(name)
+        else:
+            r = max(1, round(self.config.svd_alarm_rank * min(target.W.shape)))
+            self.running.set_mode(name, r if mode == "lowrank" else None)
+        self._publish_substitutes(state)
+        kind = "to_full" if mode == "full" else "to_lowrank"
+        after = target.num_free_directions
+        state.params_changed(ParamsChange(name=name, kind=kind, r_old=before, r_new=after, reason=reason))
 
     def state_dict(self) -> dict[str, Any]:
-        return self._running.state_dict()
+        return self.running.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._saved = state
 
     @property
-    def _running(self) -> AdaptiveSVD:
+    def running(self) -> AdaptiveSVD:
+        """The controller; there from `on_restore` on."""
         assert self.controller is not None, "on_restore was not called"
         return self.controller
 
@@ -68,7 +83,7 @@ class AdaptiveSVDHook(Hook):
         names = {id(p): name for name, p in state.model.named_parameters()}
         state.substitutes = {
             names[id(target.W)]: (target.factors.B, target.factors.A)
-            for target in self._running.targets.values()
+            for target in self.running.targets.values()
             if target.factors is not None
         }
 

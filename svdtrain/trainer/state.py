@@ -30,6 +30,19 @@ class Stream(Protocol):
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> tuple[Tensor, Tensor]: ...
 
 
+class ReplayableStream(Stream, Protocol):
+    """Training data that can give its first rows again. What is replayed when is in `schedule`; its user saves it."""
+
+    schedule: list[tuple[int, float, int, int]]
+
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def rows_per_epoch(self) -> int: ...
+    def first_rows(self, num_rows: int) -> tuple[Tensor, Tensor]: ...
+    def replay(self, from_step: int, share: float, *, keep_out: int = 0) -> None: ...
+
+
 @dataclass(slots=True)
 class Control:
     """Requests of hooks to the loop. The engine agrees them across ranks, then the loop honours them."""

@@ -11,7 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from svdtrain.data.errors import DataError
+from svdtrain.data.shift import ShiftStream
 from svdtrain.data.stream import (
+    ReplayStream,
     TokenFiles,
     TokenStream,
     epoch_order,
@@ -273,3 +275,77 @@ def test_to_device_on_a_gpu(make_token_files: MakeFiles) -> None:
     inputs, targets = to_device(batch, "cuda")
     assert inputs.is_cuda
     assert equal((inputs.cpu(), targets.cpu()), batch)
+
+
+class TestReplayStream:
+    def stream(self, make_token_files: MakeFiles) -> TokenStream:
+        return TokenStream(make_token_files([400]), batch_size=8, seq_len=4, seed=0)
+
+    def test_without_a_schedule_it_is_the_stream(self, make_token_files: MakeFiles) -> None:
+        stream = self.stream(make_token_files)
+        assert all(equal(ReplayStream(stream).batch(step), stream.batch(step)) for step in range(4))
+
+    def test_it_replays_the_first_half_but_the_kept_out_rows_and_stops(self, make_token_files: MakeFiles) -> None:
+        stream = self.stream(make_token_files)
+        replaying = ReplayStream(stream)
+        replaying.replay(6, 0.25, keep_out=3)
+        replaying.replay(9, 0.0)
+        old = {tuple(row.tolist()) for row in targets_of(stream, range(3, 24))}
+        for step in range(12):
+            plain, mixed = stream.batch(step)[1], replaying.batch(step)[1]
+            changed = [tuple(row.tolist()) for row, was in zip(mixed, plain, strict=True) if not torch.equal(row, was)]
+            assert len(changed) == (2 if 6 <= step < 9 else 0)
+            assert set(changed) <= old
+
+    def test_any_step_alone_and_any_ranks_give_the_same(self, make_token_files: MakeFiles) -> None:
+        first, second = (ReplayStream(self.stream(make_token_files)) for _ in range(2))
+        first.replay(2, 0.5)
+        batches = [first.batch(step) for step in range(6)]
+        second.schedule = list(first.schedule)
+        assert equal(second.batch(5), batches[5])
+        parts = [second.batch(4, rank, 4) for rank in range(4)]
+        assert equal((torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])), batches[4])
+
+    def test_nothing_seen_nothing_replayed(self, make_token_files: MakeFiles) -> None:
+        stream = self.stream(make_token_files)
+        replaying = ReplayStream(stream)
+        replaying.replay(1, 0.5, keep_out=4)
+        assert equal(replaying.batch(1), stream.batch(1))
+
+
+class TestShiftStream:
+    def streams(self, make_token_files: MakeFiles) -> tuple[TokenStream, TokenStream]:
+        lengths = ([400], [3] * 100)  # no row of one is a row of the other
+        texts = [TokenStream(make_token_files(n), batch_size=8, seq_len=4, seed=1) for n in lengths]
+        return texts[0], texts[1]
+
+    def test_abrupt(self, make_token_files: MakeFiles) -> None:
+        before, after = self.streams(make_token_files)
+        shift = ShiftStream(before, after, onset=3)
+        assert all(equal(shift.batch(step), before.batch(step)) for step in range(3))
+        assert all(equal(shift.batch(step), after.batch(step - 3)) for step in range(3, 8))
+        assert equal(shift.first_rows(8), before.first_rows(8))
+
+    def test_ramp_grows_evenly_and_uses_each_row_once(self, make_token_files: MakeFiles) -> None:
+        before, after = self.streams(make_token_files)
+        shift = ShiftStream(before, after, onset=2, ramp_steps=4)
+        counts, used = [], []
+        for step in range(9):
+            mixed, plain = shift.batch(step)[1], before.batch(step)[1]
+            new = [row for row, was in zip(mixed, plain, strict=True) if not torch.equal(row, was)]
+            counts.append(len(new))
+            used += new
+        assert counts == [0, 0, 2, 4, 6, 8, 8, 8, 8]
+        assert torch.equal(torch.stack(used), targets_of(after, range(len(used))))
+
+    def test_ranks_make_up_the_batch(self, make_token_files: MakeFiles) -> None:
+        before, after = self.streams(make_token_files)
+        shift = ShiftStream(before, after, onset=0, ramp_steps=3)
+        for step in range(4):
+            parts = [shift.batch(step, rank, 4) for rank in range(4)]
+            assert equal((torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])), shift.batch(step))
+
+    def test_unequal_shapes_are_refused(self, make_token_files: MakeFiles) -> None:
+        before, _ = self.streams(make_token_files)
+        with pytest.raises(ValueError, match="same batch size"):
+            ShiftStream(before, TokenStream(before.files, batch_size=4, seq_len=4, seed=1), onset=0)

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from svdtrain.hooks.alerts import AlertRules, Notifier
+from svdtrain.hooks.alerts import Notifier
 from svdtrain.trainer.hooks import Hook
 from svdtrain.trainer.state import Alert
 from tests.main_job import records, tiny_settings, tiny_trainer, write_corpus
