@@ -35,7 +35,7 @@ class WandbSink(Hook):
     def __init__(
         self, mode: Mode = "online", *, project: str = "svdtrain", entity: str = "", backend: str = "wandb"
     ) -> None:
-        self.mode = mode
+        self.mode: Mode = mode
         self.project = project
         self.entity = entity
         self.backend = backend
