@@ -41,6 +41,10 @@ value_of() {
     echo "$found"
 }
 
+for name in --depth --num-iterations --total-batch-size; do
+    case "$(value_of "$name" 1)" in '' | *[!0-9]*) fail "$name takes a whole number, got '$(value_of "$name" 1)'" ;; esac
+done
+
 # An environment that is active already is used as it is; else .venv is made.
 if python3 -c 'import torch, tyro, rich' 2>/dev/null; then
     python=python3
@@ -61,26 +65,24 @@ depth=$(value_of --depth "$default_depth")
 steps=$(value_of --num-iterations 400)
 batch=$(value_of --total-batch-size 2048)
 run=$(value_of --run-dir "runs/local-$(date +%Y%m%d-%H%M%S)")
-for number in "$depth" "$steps" "$batch"; do
-    case "$number" in '' | *[!0-9]*) fail "expected a whole number, got '$number'" ;; esac
-done
 cores=$("$python" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
 
-# Multiplications a second of this machine, from half a second of products of matrices as training has them; the best
-# of many, because other programs get in between.
-seconds=$("$python" - "$depth" "$steps" "$batch" <<'PY'
+# Multiplications a second of this machine, from half a second of products of matrices as training has them: on one
+# core and the best of many, because other programs get in between.
+seconds=$("$python" - "$depth" "$steps" "$batch" "$cores" <<'PY'
 import sys, time
 import torch
 from svdtrain.config import scaling_parameters
 
-depth, steps, batch = map(int, sys.argv[1:])
+depth, steps, batch, cores = map(int, sys.argv[1:])
+torch.set_num_threads(1)
 a, b = torch.randn(512, 64 * depth), torch.randn(64 * depth, 256 * depth)
 best, began = float("inf"), time.perf_counter()
 while time.perf_counter() - began < 0.5:
     start = time.perf_counter()
     a @ b
     best = min(best, time.perf_counter() - start)
-flops = 2 * a.shape[0] * a.shape[1] * b.shape[1] / best
+flops = cores * 2 * a.shape[0] * a.shape[1] * b.shape[1] / best
 # 6 operations a parameter and token; whole steps reach a quarter (depth 4) to a tenth (depth 2) of a bare product.
 print(int(steps * batch * 6 * scaling_parameters(depth, 4096) / (flops / 6)))
 PY
