@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from svdtrain.monitor.findings import SEVERITY, Finding, Situation
+from svdtrain.monitor.findings import INFO, SEVERITY, Finding, Situation
 from svdtrain.monitor.rules import evaluate
 
 COOL_DOWN_S = 600.0
@@ -80,6 +80,7 @@ def advance(
         active[rule] = alert
         if alert.num_clear >= CLEAR_CHECKS:
             del active[rule]
-            message = f"resolved at step {step}, up since step {alert.since_step}"
-            events.append(AlertEvent(rule=rule, level="INFO", message=message, resolved=True))
+            if alert.finding.level != INFO:  # the end of a mere information is no news
+                message = f"resolved at step {step}, up since step {alert.since_step}"
+                events.append(AlertEvent(rule=rule, level=INFO, message=message, resolved=True))
     return AlertBook(active, told_at), events

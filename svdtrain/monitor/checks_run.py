@@ -55,9 +55,7 @@ def throughput(now: Situation, active: bool) -> Finding | None:
     drop = 1 - lately / before if before > 0 else 0.0
     if drop < (0.1 if active else 0.2):
         return None
-    return Finding(
-        level=WARNING, message=f"throughput {lately:,.0f} tok/s, {100 * drop:.0f} % below its usual {before:,.0f}"
-    )
+    return Finding(level=WARNING, message=f"{lately:,.0f} tok/s, {100 * drop:.0f} % below its usual {before:,.0f}")
 
 
 def loss_shift(now: Situation, active: bool) -> Finding | None:

@@ -66,7 +66,8 @@ def _side_by_side(columns: list[list[Text]], left_width: int) -> list[Text]:
     left, right = columns
     lines = []
     for index in range(max(len(left), len(right))):
-        line = (left[index] if index < len(left) else Text("")).copy()
+        line = Text(no_wrap=True)  # of its own: a style of the left text must not reach the right one
+        line.append_text(left[index] if index < len(left) else Text(""))
         line.append(" " * max(0, left_width + 2 - line.cell_len))
         lines.append(line.append_text(right[index]) if index < len(right) else line)
     return lines
@@ -79,7 +80,7 @@ def plain(session: Session, display: Display, width: int = 100) -> list[str]:
         *sections.header(session, 10_000, display),
         *sections.forecast(session, 10_000, display),
         *(sections.worst(session, width, 6, display)[1:] if view.analyses.count else []),
-        *sections.alerts(session, 10_000, 12, display)[1:],
+        *sections.alerts(session, 10_000, 8, display)[1:],
     ]
     return [part.plain.rstrip() for part in parts]
 

@@ -202,6 +202,15 @@ def test_an_alert_is_told_once_and_resolved_after_two_clear_checks() -> None:
     assert book.worst is None
 
 
+def test_information_is_told_but_its_end_is_not() -> None:
+    book, told = advance(AlertBook(), {"r": Finding(level=INFO, message="m")}, step=1, now=0.0)
+    assert len(told) == 1
+    for step in (2, 3):
+        book, told = advance(book, {}, step=step, now=1.0)
+        assert told == []
+    assert not book.active
+
+
 def test_cool_down_keeps_a_flickering_alert_quiet_but_up() -> None:
     book, _ = advance(AlertBook(), UP, step=1, now=0.0)
     for step in (2, 3):

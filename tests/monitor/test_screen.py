@@ -3,6 +3,7 @@
 import math
 
 import pytest
+from rich.console import Console
 from run_logs import LAYERS, analysis, healthy_run, record, train, write_run
 
 from svdtrain.monitor import plots
@@ -150,3 +151,14 @@ def test_a_writer_whose_clock_is_wrong_is_not_stalled(tmp_path) -> None:
     assert session_of(run).state.value == "running"
     future = [train(s, when=4e9 + s) for s in range(1, 80)]
     assert session_of(write_run(tmp_path / "future", future)).state.value == "running"
+
+
+def test_the_left_column_does_not_dim_the_right_one(tmp_path) -> None:
+    session = session_of(healthy_run(tmp_path / "run", end=""))
+    for line in screen(session, 200, 50, Display()):
+        position = line.plain.find("optimal_lowrank")
+        if position >= 0:
+            assert not line.get_style_at_offset(Console(), position).dim
+            break
+    else:
+        pytest.fail("no switch on the screen")
