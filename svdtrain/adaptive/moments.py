@@ -68,9 +68,8 @@ def second_from_factors(v_B: Tensor, v_A: Tensor, B: Tensor, A: Tensor) -> Tenso
     rows = v_B.sum(dim=1) / A.square().sum().clamp_min(tiny)
     columns = v_A.sum(dim=0) / B.square().sum().clamp_min(tiny)
     mean = (rows.mean() + columns.mean()) / 2
-    if mean <= tiny:
-        return torch.zeros(rows.numel(), columns.numel(), dtype=v_B.dtype, device=v_B.device)
-    return rows[:, None] * (columns / mean)
+    # Zero where there is nothing, without looking at it on the host.
+    return torch.where(mean > tiny, rows[:, None] * (columns / mean.clamp_min(tiny)), 0.0)
 
 
 def state_to_factors(state: Mapping[str, Any], B: Tensor, A: Tensor) -> tuple[State, State]:

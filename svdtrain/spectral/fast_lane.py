@@ -63,10 +63,10 @@ class FastLane:
         In a buffer that is kept: fresh megabytes cost more in page faults than the copy itself.
         """
         names, reference = bucket.names[rows], bucket.reference[rows]
-        shape = tuple(reference.shape)
-        if shape not in self._scratch:
-            self._scratch[shape] = torch.empty(shape, dtype=self._dtype, device=reference.device)
-        buffer = self._scratch[shape]
+        shape = tuple(reference.shape[1:])
+        if shape not in self._scratch or self._scratch[shape].shape[0] < len(names):
+            self._scratch[shape] = torch.empty(reference.shape, dtype=self._dtype, device=reference.device)
+        buffer = self._scratch[shape][: len(names)]
         present = [(i, tensors[name].detach()) for i, name in enumerate(names) if tensors.get(name) is not None]
         if len(present) < len(names):
             buffer.zero_()

@@ -161,9 +161,13 @@ def marchenko_pastur_edge(S: Tensor, m: int, n: int) -> Tensor:
 
 def gavish_donoho_threshold(S: Tensor, m: int, n: int) -> Tensor:
     """Optimal hard threshold for unknown noise, 2.858 x median s if square (Gavish and Donoho 2014), [...]."""
+    return noise_scale(S, m, n) * _threshold_over_noise(m, n)
+
+
+def _threshold_over_noise(m: int, n: int) -> float:
     beta, longer = _shape_ratio(m, n)
     best = math.sqrt(2 * (beta + 1) + 8 * beta / ((beta + 1) + math.sqrt(beta**2 + 14 * beta + 1)))
-    return noise_scale(S, m, n) * best * math.sqrt(longer)
+    return best * math.sqrt(longer)
 
 
 def signal_rank(S: Tensor, m: int, n: int) -> tuple[Tensor, Tensor]:
@@ -171,8 +175,8 @@ def signal_rank(S: Tensor, m: int, n: int) -> tuple[Tensor, Tensor]:
 
     Lower bounds of the signal rank: trained weights hold signal inside the bulk too.
     """
-    edge, threshold = marchenko_pastur_edge(S, m, n), gavish_donoho_threshold(S, m, n)
-    return S.gt(edge.unsqueeze(-1)).sum(-1), S.gt(threshold.unsqueeze(-1)).sum(-1)
+    noise = noise_scale(S, m, n).unsqueeze(-1)
+    return S.gt(noise * (math.sqrt(m) + math.sqrt(n))).sum(-1), S.gt(noise * _threshold_over_noise(m, n)).sum(-1)
 
 
 # --- what moved where -------------------------------------------------------------------------------------------------

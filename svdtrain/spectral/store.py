@@ -83,9 +83,17 @@ class Bucket:
         """Bytes that `principal` keeps."""
         return 0 if self._principal is None else sum(t.nbytes for t in self._principal)
 
+    def gather(self, field: str, rows: list[int]) -> Tensor:
+        """A copy of some rows of one stack, without an index tensor (which would make the host wait); in one kernel
+        where they are evenly spaced, which is how they are staggered."""
+        stack, stride = getattr(self, field), rows[1] - rows[0] if len(rows) > 1 else 1
+        if stride > 0 and rows == list(range(rows[0], rows[-1] + 1, stride)):
+            return stack[rows[0] : rows[-1] + 1 : stride].clone()
+        return torch.stack([stack[i] for i in rows])
+
     def basis(self, rows: list[int]) -> Basis:
-        """Copies of some rows, gathered without an index tensor (which would make the host wait)."""
-        return Basis(*(torch.stack([getattr(self, f)[i] for i in rows]) for f in ("U", "S", "V", "spectrum")))
+        """Copies of some rows."""
+        return Basis(*(self.gather(field, rows) for field in ("U", "S", "V", "spectrum")))
 
 
 class BasisStore:

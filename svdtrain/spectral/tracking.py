@@ -49,8 +49,9 @@ class TrackerSettings:
 
     interval: int = 20
     """Steps between two analyses of one matrix."""
-    exact_every: int = 10
-    """Every so many analyses the exact decomposition; 1: always."""
+    exact_every: int = 20
+    """Every so many analyses the exact decomposition; 1: always. Warm errors do not add up, so age is the least of the
+    three reasons for one; every tenth time it was two fifths of what tracking costs."""
     exact_interval_factor: int = 4
     """Matrices too wide to track (see widest_share) are analysed this many times less often, exactly."""
     oversample: int = 32
@@ -65,8 +66,8 @@ class TrackerSettings:
     skip_tolerance: float = 0.0
     """The same of the *old* basis, below which an analysis is skipped; 0: never."""
     ritz: RitzWay | Literal["auto"] = "auto"
-    """The small eigenvalue problem; auto: eigh on the CPU and up to 32 columns, hybrid above that on a GPU."""
-    chunk: int = 40
+    """The small eigenvalue problem; auto: eigh on the CPU; on a GPU refine, and hybrid above 192 columns."""
+    chunk: int = 80
     """Matrices stacked at once: bounds temporary memory."""
     participation_every: int | None = None
     """The participation ratio of a matrix is renewed every so many steps; None: every step on a GPU, 32 on the CPU."""
@@ -298,10 +299,10 @@ class SubspaceTracker:
         return Part(
             names=names,
             W=torch.stack([weights[name].detach() for name in names]),
-            reference=torch.stack([bucket.reference[i] for i in rows]),
+            reference=bucket.gather("reference", rows),
             old=bucket.basis(rows),
             # From the masks on the device: a new tensor from a Python list would make the host wait.
-            cut=torch.stack([bucket.mask[i] for i in rows]).sum(-1).long(),
+            cut=bucket.gather("mask", rows).sum(-1).long(),
             max_cut=bucket.max_cut,
             exact=[self._exact_now(name) for name in names],
             first=[not row.valid for row in host],

@@ -141,6 +141,44 @@ def test_tracked_bases_stay_within_the_contract() -> None:
     assert 0.7 < sum(rhos) / len(rhos) < 1.3
 
 
+def test_a_new_direction_is_found_without_an_exact_analysis() -> None:
+    """Rank one, anywhere, twice as strong as all there was: outside the old basis on both sides but for chance."""
+    weights = make_weights()
+    tracker = tracker_for(weights, exact_every=100)
+    tracker.analyse(0, weights)
+    u, v = (gaussian(SIZE, seed=seed).float() for seed in (71, 72))
+    after = {**weights, "q": weights["q"] + 12 * torch.outer(u / u.norm(), v / v.norm())}
+    tracker.analyse(1, after)
+    values = tracker.poll()[-1].values["q"]
+    assert values["exact"] == 0
+    assert values["intruders"] == 1
+    assert float(M.subspace_angle(tracker.basis("q").U, decompose(after["q"]).U, 12)) < 0.01
+    assert values["update_lift"] > 4
+    assert values["update_share"] == pytest.approx(1, abs=0.05)
+
+
+def test_warm_errors_do_not_add_up() -> None:
+    """Thirty analyses without an exact one end as close as the first."""
+    weights = {"q": make_weights()["q"]}
+    tracker = tracker_for(weights, exact_every=100)
+    tracker.analyse(0, weights)
+    for step in range(1, 31):
+        weights = {"q": moved({**make_weights(), **weights}, step, 0.01)["q"]}
+        tracker.analyse(step, weights)
+    assert all(report.values["q"]["exact"] == 0 for report in tracker.poll()[1:])
+    assert float(M.subspace_angle(tracker.basis("q").U, decompose(weights["q"]).U, 12)) < 0.01
+
+
+def test_reports_are_taken_at_a_fixed_step_whenever_they_arrived() -> None:
+    weights = make_weights()
+    tracker = tracker_for(weights)
+    for step in range(4):
+        tracker.step(step, weights, gradients(step))
+    assert [(r.kind, r.step) for r in tracker.take(before=3)] == [("slow", 0), ("fast", 1), ("fast", 2)]
+    assert tracker.take(before=3) == []
+    assert [(r.kind, r.step) for r in tracker.take(before=9)] == [("fast", 3)]
+
+
 def test_rotation_numbers_agree_with_exact_ones() -> None:
     weights = make_weights()
     tracker = tracker_for(weights, exact_every=100)
