@@ -24,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from runs import ROOT, hardware, write_rows
-from shift_job import Job, prepare_text
+from shift_job import TRUTH_ROWS, Job, prepare_text
 from shift_summary import against_frontier, arm_row, detection, table
 
 from svdtrain.config import RunConfig, defaults_for_depth, merge_settings
@@ -107,6 +107,7 @@ def parse() -> argparse.Namespace:
 def settings(options: argparse.Namespace, source: str, seed: int, svd: dict[str, Any]) -> dict[str, Any]:
     """A run's configuration: constant learning rate, every matrix watched, no decisions but the alarm's."""
     watched = {"svd_targets": "all", "svd_interval": NEVER, "svd_interference_every": 10, "svd_on_alarm": "none"}
+    watched |= {"svd_probe_rows": TRUTH_ROWS}  # so that no alarm replays the rows that it is judged by
     changes = {
         "model": {"depth": options.depth, "max_seq_len": 64 if options.smoke else 512, "vocab_size": options.vocab},
         "data": {

@@ -186,9 +186,7 @@ def table(rows: Sequence[dict[str, Any]], say: Callable[[str], None] = print) ->
 
 def _detection_table(row: dict[str, Any], say: Callable[[str], None]) -> None:
     found = row["detection"]
-    say(
-        f"\n{row['order']}, seed {row['seed']}: {found['quiet_steps']} quiet steps, {found['harmful_steps']} harmful ones"
-    )
+    say(f"\n{row['order']}, seed {row['seed']}: {found['quiet_steps']} quiet steps, {found['harmful_steps']} harmful")
     alarm = found["alarm"]
     say(f"  alarm: lead {alarm['lead']} steps, {alarm['false_per_1000']:.1f} false alarms per 1,000 quiet steps")
     for name, judged in sorted(found["statistics"].items(), key=lambda item: -(item[1]["auroc"] or 0)):
