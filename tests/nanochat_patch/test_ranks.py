@@ -107,7 +107,7 @@ def test_two_ranks(tmp_path: Path) -> None:
         assert torch.equal(value, saved["switching"][1][0][name]), name
     alerts = [r for r in read_records(tmp_path / "torn" / "run" / "metrics.jsonl") if r["kind"] == "alert"]
     assert [(alert["rule"], alert["step"], alert["level"]) for alert in alerts] == [
-        ("ranks_differ", 4, "CRITICAL"), ("ranks_differ", 6, "CRITICAL"),
+        ("ranks_differ", 5, "CRITICAL"), ("ranks_differ", 7, "CRITICAL"),
     ]  # fmt: skip
     assert not [r for r in read_records(tmp_path / "watched" / "run" / "metrics.jsonl") if r["kind"] == "alert"]
 
