@@ -62,12 +62,11 @@ class RunRecords:
         """Numbers of an analysis."""
         self._append("svd", step, dict(metrics))
 
-    def changed(self, change: Change) -> None:
-        """A matrix changed its mode or rank."""
+    def changed(self, step: int, change: Change) -> None:
+        """A matrix changed its mode or rank. `step` is the number of steps completed, as in every record."""
         fields = dataclasses.asdict(change)
         fields["layer"], fields["change"] = fields.pop("name"), fields.pop("kind")  # `kind` is the record's own
-        step = fields.pop("step")
-        self._append("switch", step, fields)
+        self._append("switch", step, {**fields, "step": step})
 
     def alert(self, step: int, level: str, rule: str, message: str) -> None:
         """Something that a person should see."""

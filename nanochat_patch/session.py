@@ -88,13 +88,13 @@ class Session:
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         svd = self.svd
         assert svd is not None
-        step = svd.step - 1  # attach has counted this one
+        step = svd.step  # steps completed, this one included; analyses go by the number before it
         for change in svd.changes[self._num_changes_seen :]:
-            self.records.changed(change)
+            self.records.changed(step, change)
         self._num_changes_seen = len(svd.changes)
         for event in svd.events():
-            self.records.alert(event["step"], event["level"], "svd", f"{event['name']}: {event['message']}")
-        if svd.config.svd_preset != "off" and step % svd.config.svd_interval == 0:
+            self.records.alert(step, event["level"], "svd", f"{event['name']}: {event['message']}")
+        if svd.config.svd_preset != "off" and (step - 1) % svd.config.svd_interval == 0:
             self.records.analysed(step, svd.metrics())
             self._check_ranks(step)
 

@@ -14,10 +14,11 @@ ALLOWED = {
     "svdtrain.model": {"svdtrain.model", "ssm_blocks.mixer"},
     "svdtrain.optim": {"svdtrain.optim"},
     "svdtrain.data": {"svdtrain.data"},
+    "svdtrain.evaluation": {"svdtrain.evaluation"},
     "svdtrain.trainer": {"svdtrain.trainer", "svdtrain.optim", "svdtrain.data"},
     "svdtrain.hooks": {
         "svdtrain.hooks", "svdtrain.trainer", "svdtrain.adaptive", "svdtrain.spectral", "svdtrain.model",
-        "svdtrain.monitor",
+        "svdtrain.monitor", "svdtrain.evaluation",
     },
     "svdtrain.integrations": {"svdtrain.integrations", "svdtrain.adaptive"},
     "svdtrain.monitor": {"svdtrain.monitor"},
