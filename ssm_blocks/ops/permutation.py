@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from ssm_blocks.ops.delta import chunk_delta_rule
@@ -128,10 +129,26 @@ def _routed_chunk(
 
 def nudges(weights: Tensor, dictionary: Tensor, index: Tensor, sign: Tensor, before: Tensor) -> Tensor:
     """Pi_t^T (G_t - its value) Pi_{t-1} S~_{t-1}: zero, with the gradient of a change in G_t; [B, H, C, K, V]."""
-    G = torch.einsum("bhtm,hmij->bhtij", weights, dictionary)
-    moved = (G - G.detach()) @ out_of_frame(*one_earlier(index, sign, 2), before)
+    moved = _Nudge.apply(weights, dictionary, out_of_frame(*one_earlier(index, sign, 2), before))
     rows = index.unsqueeze(-1).expand_as(moved)
     return torch.zeros_like(moved).scatter(-2, rows, sign.unsqueeze(-1) * moved)
+
+
+class _Nudge(torch.autograd.Function):
+    """(G - value of G) S for G_t = sum_m weights_tm dictionary_m: zero, so only the backward pass has work to do."""
+
+    @staticmethod
+    def forward(ctx, weights: Tensor, dictionary: Tensor, S: Tensor) -> Tensor:
+        ctx.save_for_backward(weights, dictionary, S)
+        return torch.zeros_like(S)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        weights, dictionary, S = ctx.saved_tensors
+        dG = (gradient @ S.mT).flatten(-2)  # [B, H, C, K K]
+        d_dictionary = (weights.mT @ dG).sum(0).view_as(dictionary)
+        return dG @ dictionary.flatten(-2).mT, d_dictionary, None
 
 
 def _exclusive_cumsum(x: Tensor) -> Tensor:
