@@ -118,8 +118,8 @@ def _routed_chunk(
     L = (scaled @ k.mT).tril(-1)
     with torch.no_grad():
         new = solve_unit_lower(L, beta.unsqueeze(-1) * v - scaled @ S)
-        before = S.unsqueeze(2) + _exclusive_cumsum(k.unsqueeze(-1) * new.unsqueeze(-2))
-    start = S.unsqueeze(2) + nudges(weights, dictionary, index, sign, before).cumsum(2)
+        before = S.unsqueeze(2) + running_sum(k.unsqueeze(-1) * new.unsqueeze(-2), exclusive=True)
+    start = S.unsqueeze(2) + running_sum(nudges(weights, dictionary, index, sign, before))
     predicted = torch.einsum("bhtk,bhtkv->bhtv", scaled, start)
     new = solve_unit_lower(L, beta.unsqueeze(-1) * v - predicted)
     o = torch.einsum("bhtk,bhtkv->bhtv", q, start) + (q @ k.mT).tril() @ new
@@ -151,6 +151,10 @@ class _Nudge(torch.autograd.Function):
         return dG @ dictionary.flatten(-2).mT, d_dictionary, None
 
 
-def _exclusive_cumsum(x: Tensor) -> Tensor:
-    """Running sum over dim 2, without the element itself."""
-    return torch.cat([torch.zeros_like(x[:, :, :1]), x[:, :, :-1]], 2).cumsum(2)
+def running_sum(x: Tensor, exclusive: bool = False) -> Tensor:
+    """Sum over dim 2 of x [B, H, C, K, V] up to each place, without the place itself if exclusive.
+
+    A product with a triangle of ones: on a CPU an order of magnitude faster than cumsum over an inner dimension.
+    """
+    ones = torch.ones(x.size(2), x.size(2), dtype=x.dtype, device=x.device).tril(-1 if exclusive else 0)
+    return (ones @ x.flatten(-2)).view_as(x)

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ssm_blocks.ops.dplr import chunk_dplr, decayed_scores
 from ssm_blocks.ops.inverse import solve_unit_lower
-from ssm_blocks.ops.permutation import into_frame, nudges, one_earlier, out_of_frame, prefix_products
+from ssm_blocks.ops.permutation import into_frame, nudges, one_earlier, out_of_frame, prefix_products, running_sum
 
 Core = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # q, k, v, a, b, log_decay
 
@@ -86,4 +86,4 @@ def _routed_chunk(
 def _decayed_sums(x: Tensor, total: Tensor) -> Tensor:
     """sum_{j <= t} exp(total_t - total_j) x_j for x [B, H, C, K, V], relative to the chunk's middle."""
     relative = (total - total[..., total.size(-2) // 2, :].unsqueeze(-2).detach()).unsqueeze(-1)
-    return relative.exp() * ((-relative).exp() * x).cumsum(2)
+    return relative.exp() * running_sum((-relative).exp() * x)
