@@ -26,13 +26,15 @@ from ssm_blocks.ops.permutation import out_of_frame, permuted_delta_rule, routed
 from ssm_blocks.ops.reference import delta_rule_reference
 
 Core = tuple[Tensor, Tensor, Tensor, Tensor]  # q, k, v, beta
+ROUTED_KEYS = 32  # the gradient of the choice costs K x K x V per token
 
 
 @register("deltanet")
 class DeltaNet(RecurrentMixer):
     """beta in (0, 1): eigenvalues in [0, 1] (arXiv:2406.06484).
 
-    num_heads: default one per 64 channels. key_dim: K per head, default the head's width. num_householder: delta
+    num_heads: default one per 64 channels. key_dim: K per head, default the head's width, with a
+    dictionary at most 32. num_householder: delta
     steps per token. negative: beta in (0, 2), and signs in the dictionary. dictionary_size: permutations to choose
     from, 0 for none. gated: a decay per token. learned_state: train S_0. chunk, inverse: see `ops.delta`.
     conv_size: tokens of the short convolution, 0 for none (then no SiLU either).
@@ -42,6 +44,7 @@ class DeltaNet(RecurrentMixer):
     dictionary_size = 0
     gated = False
     num_householder = 1
+    most_keys = 1 << 30
     has_fla_kernel = True
     neutral: ClassVar = {"beta": 0.0, "log_decay": 0.0, "entry": 0}
 
@@ -60,7 +63,7 @@ class DeltaNet(RecurrentMixer):
         backend: str = "auto",
     ) -> None:
         heads, width = split_heads(dim, num_heads)
-        keys = width if key_dim is None else key_dim
+        keys = min(width, self.most_keys) if key_dim is None else key_dim
         steps = self.num_householder if num_householder is None else num_householder
         if min(keys, steps, chunk) < 1 or inverse not in INVERSES:
             raise ValueError(
@@ -178,14 +181,14 @@ class NegativeDeltaNet(DeltaNet):
 class ColumnSparseDeltaNet(DeltaNet):
     """With a permutation per token, chosen from a learned dictionary."""
 
-    dictionary_size = 8
+    dictionary_size, most_keys = 8, ROUTED_KEYS
 
 
 @register("cs_neg_deltanet")
 class ColumnSparseNegativeDeltaNet(DeltaNet):
     """With a signed permutation per token and eigenvalues in [-1, 1]."""
 
-    negative, dictionary_size = True, 8
+    negative, dictionary_size, most_keys = True, 8, ROUTED_KEYS
 
 
 @register("deltaproduct")

@@ -22,11 +22,13 @@ from ssm_blocks.ops.permuted_dplr import into_frames, permuted_dplr, routed_dplr
 from ssm_blocks.ops.reference import dplr_reference
 
 STRONGEST_DECAY = 5.0  # fla's safe gate takes log decays in [-5, 0)
+ROUTED_KEYS = 32  # the gradient of the choice costs K x K x V per token
+LARGEST_CHUNK = 16  # 16 x 5 = 80: what float32 exponents bear
 
 
 @register("dplr_ltv")
 class TimeVaryingDPLR(RecurrentMixer):
-    """num_heads: default one per 64 channels; key_dim: K per head; dictionary_size: permutations to choose from."""
+    """num_heads: default one per 64 channels; key_dim: K per head, default at most 32; dictionary_size: permutations to choose from."""
 
     has_fla_kernel = True
     neutral: ClassVar = {"k": 0.0, "a": 0.0, "log_decay": 0.0, "entry": 0}
@@ -43,9 +45,9 @@ class TimeVaryingDPLR(RecurrentMixer):
         backend: str = "auto",
     ) -> None:
         heads, width = split_heads(dim, num_heads)
-        keys = width if key_dim is None else key_dim
-        if min(keys, chunk) < 1:
-            raise ValueError(f"key_dim and chunk are at least 1, got {keys} and {chunk}")
+        keys = min(width, ROUTED_KEYS) if key_dim is None else key_dim
+        if keys < 1 or not 1 <= chunk <= LARGEST_CHUNK:
+            raise ValueError(f"key_dim is at least 1 and chunk 1..{LARGEST_CHUNK}, got {keys} and {chunk}")
         self.num_heads, self.key_dim, self.value_dim, self.chunk = heads, keys, width, chunk
         self.sizes = (heads * keys, 2 * heads * keys, heads * width)
         super().__init__(dim, features=sum(self.sizes), read_heads=(heads, width), conv_size=conv_size, backend=backend)
@@ -101,7 +103,7 @@ class TimeVaryingDPLR(RecurrentMixer):
             o, S = fla.dplr(*into_frames(core, index, sign), S, call.dtype)
             S = out_of_frame(index[:, -1], sign[:, -1], S)
         else:
-            o, S = permuted_dplr(core, index, sign, S, self.chunk)
+            o, S = permuted_dplr(core, index, sign, S, self.chunk, bounded=True)
         return o, {"S": S}
 
 

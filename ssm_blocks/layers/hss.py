@@ -92,7 +92,7 @@ class SegmentedHSS(RecurrentMixer):
         rank: int | None = None,
         leaf_size: int | None = None,
         conv_size: int = 4,
-        chunk: int = 64,
+        chunk: int = 32,
         backend: str = "auto",
     ) -> None:
         heads, width = split_heads(dim, num_heads)

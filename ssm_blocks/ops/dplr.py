@@ -10,22 +10,29 @@ from ssm_blocks.ops.inverse import solve_unit_lower
 
 
 def chunk_dplr(
-    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, log_decay: Tensor, S: Tensor, chunk: int = 16
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    log_decay: Tensor,
+    S: Tensor,
+    chunk: int = 16,
+    bounded: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The same function as `reference.dplr_reference` without G, shapes as there.
 
     With G_t the running sum of g and w_t = S_{t-1}^T b_t: S_t = e^{G_t} S_0 + sum_{j<=t} e^{G_t - G_j} (a_j w_j^T +
     k_j v_j^T), and the w_t solve a unit lower triangular system (after RWKV-7, arXiv:2503.14456). The decay ratios are
-    kept as differences per channel, [C, C, K] a chunk, so no decay is too strong; hence the small chunk.
+    kept as differences per channel, [C, C, K] a chunk, so no decay is too strong; hence the small chunk. bounded: the
+    caller promises that log decays sum to at least -80 over a chunk; then matrix products do (see `decayed_scores`).
     """
     length = q.size(1)
     q, k, v, a, b, log_decay = (fold(x, min(chunk, length)) for x in (q, k, v, a, b, log_decay))
     total = log_decay.cumsum(-2)
     before = total - log_decay
-    reading = decay_ratios(before, total, strict=True)
-    AB, BK = (torch.einsum("...tk,...tjk,...jk->...tj", b, reading, x) for x in (a, k))
-    out = decay_ratios(total, total, strict=False)
-    QA, QK = (torch.einsum("...tk,...tjk,...jk->...tj", q, out, x) for x in (a, k))
+    AB, BK = (decayed_scores(b, before, x, total, strict=True, bounded=bounded) for x in (a, k))
+    QA, QK = (decayed_scores(q, total, x, total, strict=False, bounded=bounded) for x in (a, k))
     solved = solve_unit_lower(-AB, torch.cat([b * before.exp(), BK @ v], -1))
     W, U = solved.split([k.size(-1), v.size(-1)], -1)
     last = (total[..., -1:, :] - total).exp()
@@ -33,12 +40,21 @@ def chunk_dplr(
     return unfold((q * total.exp()) @ starts + QA @ w + QK @ v, length), S
 
 
-def decay_ratios(later: Tensor, earlier: Tensor, strict: bool) -> Tensor:
-    """exp(later_t - earlier_j) for j < t (strict) or j <= t, zero elsewhere: [..., C, C, K], masked before exp."""
+def decayed_scores(x: Tensor, later: Tensor, y: Tensor, earlier: Tensor, strict: bool, bounded: bool) -> Tensor:
+    """x_t^T diag(exp(later_t - earlier_j)) y_j for j < t (strict) or j <= t, zero elsewhere: [..., C, C].
+
+    Unless bounded, differences per channel are masked before exp: right for every decay, [..., C, C, K] in memory.
+    Bounded, both factors are taken relative to the chunk's middle, where float32 holds exp(+-40), and multiplied.
+    """
+    size = x.size(-2)
+    hidden = torch.ones(size, size, dtype=torch.bool, device=x.device).triu(0 if strict else 1)
+    if bounded:
+        middle = earlier[..., size // 2, :].unsqueeze(-2).detach()  # cancels: no gradient
+        scores = (x * (later - middle).exp()) @ (y * (middle - earlier).exp()).mT
+        return scores.masked_fill(hidden, 0.0)
     difference = later.unsqueeze(-2) - earlier.unsqueeze(-3)
-    size = difference.size(-2)
-    hidden = torch.ones(size, size, dtype=torch.bool, device=later.device).triu(0 if strict else 1)
-    return difference.masked_fill(hidden.unsqueeze(-1), float("-inf")).exp()
+    ratios = difference.masked_fill(hidden.unsqueeze(-1), float("-inf")).exp()
+    return torch.einsum("...tk,...tjk,...jk->...tj", x, ratios, y)
 
 
 def _carry(

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from ssm_blocks.ops.delta import chunk_delta_rule
@@ -117,8 +118,8 @@ def _routed_chunk(
     L = (scaled @ k.mT).tril(-1)
     with torch.no_grad():
         new = solve_unit_lower(L, beta.unsqueeze(-1) * v - scaled @ S)
-        before = S.unsqueeze(2) + _exclusive_cumsum(k.unsqueeze(-1) * new.unsqueeze(-2))
-    start = S.unsqueeze(2) + nudges(weights, dictionary, index, sign, before).cumsum(2)
+        before = S.unsqueeze(2) + running_sum(k.unsqueeze(-1) * new.unsqueeze(-2), exclusive=True)
+    start = S.unsqueeze(2) + running_sum(nudges(weights, dictionary, index, sign, before))
     predicted = torch.einsum("bhtk,bhtkv->bhtv", scaled, start)
     new = solve_unit_lower(L, beta.unsqueeze(-1) * v - predicted)
     o = torch.einsum("bhtk,bhtkv->bhtv", q, start) + (q @ k.mT).tril() @ new
@@ -128,12 +129,32 @@ def _routed_chunk(
 
 def nudges(weights: Tensor, dictionary: Tensor, index: Tensor, sign: Tensor, before: Tensor) -> Tensor:
     """Pi_t^T (G_t - its value) Pi_{t-1} S~_{t-1}: zero, with the gradient of a change in G_t; [B, H, C, K, V]."""
-    G = torch.einsum("bhtm,hmij->bhtij", weights, dictionary)
-    moved = (G - G.detach()) @ out_of_frame(*one_earlier(index, sign, 2), before)
+    moved = _Nudge.apply(weights, dictionary, out_of_frame(*one_earlier(index, sign, 2), before))
     rows = index.unsqueeze(-1).expand_as(moved)
     return torch.zeros_like(moved).scatter(-2, rows, sign.unsqueeze(-1) * moved)
 
 
-def _exclusive_cumsum(x: Tensor) -> Tensor:
-    """Running sum over dim 2, without the element itself."""
-    return torch.cat([torch.zeros_like(x[:, :, :1]), x[:, :, :-1]], 2).cumsum(2)
+class _Nudge(torch.autograd.Function):
+    """(G - value of G) S for G_t = sum_m weights_tm dictionary_m: zero, so only the backward pass has work to do."""
+
+    @staticmethod
+    def forward(ctx, weights: Tensor, dictionary: Tensor, S: Tensor) -> Tensor:
+        ctx.save_for_backward(weights, dictionary, S)
+        return torch.zeros_like(S)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        weights, dictionary, S = ctx.saved_tensors
+        dG = (gradient @ S.mT).flatten(-2)  # [B, H, C, K K]
+        d_dictionary = (weights.mT @ dG).sum(0).view_as(dictionary)
+        return dG @ dictionary.flatten(-2).mT, d_dictionary, None
+
+
+def running_sum(x: Tensor, exclusive: bool = False) -> Tensor:
+    """Sum over dim 2 of x [B, H, C, K, V] up to each place, without the place itself if exclusive.
+
+    A product with a triangle of ones: on a CPU an order of magnitude faster than cumsum over an inner dimension.
+    """
+    ones = torch.ones(x.size(2), x.size(2), dtype=x.dtype, device=x.device).tril(-1 if exclusive else 0)
+    return (ones @ x.flatten(-2)).view_as(x)

@@ -88,14 +88,26 @@ def test_chunk_linear_attention(T: int) -> None:
     agree(lambda: chunk_linear_attention(**x), lambda: linear_attention_reference(**x), list(x.values()))
 
 
+@pytest.mark.parametrize("bounded", [False, True])
 @pytest.mark.parametrize("T", LENGTHS)
-def test_chunk_dplr(T: int) -> None:
+def test_chunk_dplr(T: int, bounded: bool) -> None:
     x = inputs(T)
     del x["beta"]
     x["a"], x["b"] = -F.normalize(rand(B, T, H, K, seed=6), dim=-1), F.normalize(rand(B, T, H, K, seed=7), dim=-1)
     x["log_decay"] = -4 * rand(B, T, H, K, seed=4).sigmoid()
     x = {name: value.requires_grad_() for name, value in x.items()}
-    agree(lambda: chunk_dplr(**x), lambda: dplr_reference(**x), list(x.values()))
+    agree(lambda: chunk_dplr(**x, bounded=bounded), lambda: dplr_reference(**x), list(x.values()))
+
+
+@pytest.mark.parametrize(("bounded", "decay"), [(True, -5.0), (False, -50.0)])
+def test_strong_decay_of_dplr_in_float32(bounded: bool, decay: float) -> None:
+    *core, _ = dplr_core(64)
+    *core, S = (x.detach().float().requires_grad_() for x in (*core, inputs(64)["S"]))
+    log_decay = torch.full((B, 64, H, K), decay).requires_grad_()
+    o, last = chunk_dplr(*core, log_decay, S, bounded=bounded)
+    torch.testing.assert_close(o, dplr_reference(*core, log_decay, S)[0])
+    gradients = torch.autograd.grad(o.square().sum() + last.sum(), [*core, log_decay, S])
+    assert all(g.isfinite().all() for g in gradients)
 
 
 def permutations(T: int) -> tuple[Tensor, Tensor]:
