@@ -16,6 +16,8 @@ from svdtrain.data.stream import PreparedData, TokenStream, prepare, validation_
 from svdtrain.hooks.adaptive_svd import AdaptiveSVDHook
 from svdtrain.hooks.console import ConsoleSink
 from svdtrain.hooks.guards import NonFiniteGuard
+from svdtrain.hooks.preemption import Preemption
+from svdtrain.hooks.rank_guard import RankGuard
 from svdtrain.hooks.sample import SampleText
 from svdtrain.hooks.sinks import JsonlSink
 from svdtrain.hooks.train_log import TrainLog
@@ -24,7 +26,7 @@ from svdtrain.optim.muon_adamw import MuonAdamW
 from svdtrain.optim.param_groups import build_param_groups
 from svdtrain.optim.schedule import batch_lr_scale
 from svdtrain.runlog import RunDirectory
-from svdtrain.trainer.distributed import World, barrier, init_world
+from svdtrain.trainer.distributed import World, check_shared_directory, init_world, main_first
 from svdtrain.trainer.evaluation import bits_per_byte_evaluator
 from svdtrain.trainer.hooks import Hook
 from svdtrain.trainer.loop import Trainer
@@ -87,12 +89,13 @@ def build_trainer(config: RunConfig, run_path: Path, console: Console, *, extra_
         tokenizer=data.tokenizer,
         num_iterations=config.train.num_iterations,
     )
+    check_shared_directory(run_path, world)
     _describe(state, model, data, console)
     return Trainer(
         state,
         [*build_hooks(config, model, device, world, console), *extra_hooks],
         build_optimizer=_optimizer_builder(config),
-        evaluate=_evaluator(config, data, device, world),
+        evaluate=_evaluator(config, data, state),
         compile_model=_compiler(config, device),
     )
 
@@ -115,7 +118,9 @@ def build_model(config: RunConfig, vocab_size: int, device: torch.device) -> GPT
 
 def build_hooks(config: RunConfig, model: GPT, device: torch.device, world: World, console: Console) -> list[Hook]:
     """The hooks of a run, in registration order."""
-    hooks: list[Hook] = [NonFiniteGuard()]
+    hooks: list[Hook] = [Preemption(), NonFiniteGuard()]
+    if world.size > 1 and config.train.check_ranks_every:
+        hooks.append(RankGuard(config.train.check_ranks_every))
     if config.svd.svd_preset != "off":
         hooks.append(AdaptiveSVDHook(config.svd))
     peak_flops = world.size * _peak_flops(device)
@@ -140,12 +145,7 @@ def _prepare_data(config: RunConfig, world: World, console: Console) -> Prepared
             on_progress=lambda text: console.print(text, highlight=False, markup=False) if world.is_main else None,
         )
 
-    if world.is_main:
-        data = run()
-        barrier(world)
-        return data
-    barrier(world)
-    return run()
+    return main_first(run, world)
 
 
 def _check_batch(config: RunConfig, world: World) -> None:
@@ -167,9 +167,9 @@ def _optimizer_builder(config: RunConfig) -> Callable[[nn.Module], torch.optim.O
     return build
 
 
-def _evaluator(
-    config: RunConfig, data: PreparedData, device: torch.device, world: World
-) -> Callable[[nn.Module], dict[str, float]]:
+def _evaluator(config: RunConfig, data: PreparedData, state: TrainState) -> Callable[[nn.Module], dict[str, float]]:
+    world = state.world
+
     def validation() -> Any:
         return validation_batches(
             data.val,
@@ -180,7 +180,13 @@ def _evaluator(
             world_size=world.size,
         )
 
-    return bits_per_byte_evaluator(validation, data.tokenizer.token_bytes(), device=device, world=world)
+    return bits_per_byte_evaluator(
+        validation,
+        data.tokenizer.token_bytes(),
+        device=state.device,
+        world=world,
+        between_batches=state.heed_signals,
+    )
 
 
 def _compiler(config: RunConfig, device: torch.device) -> Callable[[nn.Module], Any]:
