@@ -94,7 +94,7 @@ def build_trainer(config: RunConfig, run_path: Path, console: Console, *, extra_
     return Trainer(
         state,
         [*build_hooks(config, model, device, world, console), *extra_hooks],
-        build_optimizer=_optimizer_builder(config),
+        build_optimizer=_optimizer_builder(config, world),
         evaluate=_evaluator(config, data, state),
         compile_model=_compiler(config, device),
     )
@@ -159,10 +159,11 @@ def _check_batch(config: RunConfig, world: World) -> None:
         )
 
 
-def _optimizer_builder(config: RunConfig) -> Callable[[nn.Module], torch.optim.Optimizer]:
+def _optimizer_builder(config: RunConfig, world: World) -> Callable[[nn.Module], torch.optim.Optimizer]:
     def build(model: nn.Module) -> torch.optim.Optimizer:
         scale = batch_lr_scale(config.train.total_batch_size)
-        return MuonAdamW(build_param_groups(model, config.optim, lr_scale=scale))
+        ranks = torch.distributed.group.WORLD if world.size > 1 else None
+        return MuonAdamW(build_param_groups(model, config.optim, lr_scale=scale), ranks=ranks)
 
     return build
 
