@@ -221,13 +221,13 @@ def run(arguments: Arguments, console: "Console", argv: Sequence[str] = ()) -> i
     path = choose_run_directory(arguments.run, config.model.depth)
     resuming = arguments.run.resume == "auto"
 
-    from svdtrain.build import build_trainer  # torch is imported here, after everything a typing error can stop
-    from svdtrain.runlog import RunDirectory
-    from svdtrain.trainer.distributed import close_world
-
-    if resuming:
-        check_resumable(RunDirectory(path, writable=False).read_config(), config, path)
     with nothing_to_save_yet():
+        from svdtrain.build import build_trainer  # torch is imported here, after everything a typing error can stop
+        from svdtrain.runlog import RunDirectory
+        from svdtrain.trainer.distributed import close_world
+
+        if resuming:
+            check_resumable(RunDirectory(path, writable=False).read_config(), config, path)
         trainer = build_trainer(config, path, console)
         trainer.state.run.write_config(config.to_dict())
         trainer.fit(resume=resuming)
@@ -268,6 +268,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     try:
         given = sys.argv[1:] if argv is None else argv
+        if "--dry-run" in given:  # for launchers: read the flags, print the resolved configuration, stop
+            print(json.dumps(parse_arguments([t for t in given if t != "--dry-run"]).config.to_dict()))
+            return 0
         return run(parse_arguments(given), console, given)
     except RankLostError as error:
         leave_lost_rank(str(error))

@@ -21,7 +21,8 @@ class Preemption(Hook):
 
     The loop looks at step boundaries and between the batches of an evaluation. A second signal exits at once with
     128 + its number. Launchers pass one signal on by several roads (srun to the process group, torchrun to its
-    workers), so what comes within SAME_EVENT_S of the first one is the same event. `close` brings the old handlers back.
+    workers), so what comes within SAME_EVENT_S of the first one is the same event. `close` brings the old handlers
+    back.
     """
 
     name = "preemption"
