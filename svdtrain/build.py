@@ -22,6 +22,8 @@ from svdtrain.hooks.alerts import AlertRules, Notifier
 from svdtrain.hooks.console import ConsoleSink
 from svdtrain.hooks.forgetting import ForgettingHook
 from svdtrain.hooks.guards import NonFiniteGuard
+from svdtrain.hooks.preemption import Preemption
+from svdtrain.hooks.rank_guard import RankGuard
 from svdtrain.hooks.sample import SampleText
 from svdtrain.hooks.sinks import JsonlSink
 from svdtrain.hooks.train_log import TrainLog
@@ -32,7 +34,7 @@ from svdtrain.optim.muon_adamw import MuonAdamW
 from svdtrain.optim.param_groups import build_param_groups
 from svdtrain.optim.schedule import batch_lr_scale
 from svdtrain.runlog import RunDirectory
-from svdtrain.trainer.distributed import World, barrier, init_world
+from svdtrain.trainer.distributed import World, check_shared_directory, init_world, main_first
 from svdtrain.trainer.evaluation import bits_per_byte_evaluator
 from svdtrain.trainer.hooks import Hook
 from svdtrain.trainer.loop import Trainer
@@ -103,12 +105,13 @@ def build_trainer(
         tokenizer=data.tokenizer,
         num_iterations=config.train.num_iterations,
     )
+    check_shared_directory(run_path, world)
     _describe(state, model, data, console)
     return Trainer(
         state,
         [*build_hooks(config, model, device, world, console, data), *extra_hooks],
-        build_optimizer=_optimizer_builder(config),
-        evaluate=_evaluator(config, data, device, world),
+        build_optimizer=_optimizer_builder(config, world),
+        evaluate=_evaluator(config, data, state),
         compile_model=_compiler(config, device),
     )
 
@@ -146,7 +149,9 @@ def build_hooks(
     config: RunConfig, model: GPT, device: torch.device, world: World, console: Console, data: PreparedData
 ) -> list[Hook]:
     """The hooks of a run, in registration order."""
-    hooks: list[Hook] = [NonFiniteGuard()]
+    hooks: list[Hook] = [Preemption(), NonFiniteGuard()]
+    if world.size > 1 and config.train.check_ranks_every:
+        hooks.append(RankGuard(config.train.check_ranks_every))
     if config.svd.svd_preset != "off":
         svd = AdaptiveSVDHook(config.svd)
         if config.svd.svd_interference_every:
@@ -180,12 +185,7 @@ def _prepare_data(config: RunConfig, world: World, console: Console) -> Prepared
             on_progress=lambda text: console.print(text, highlight=False, markup=False) if world.is_main else None,
         )
 
-    if world.is_main:
-        data = run()
-        barrier(world)
-        return data
-    barrier(world)
-    return run()
+    return main_first(run, world)
 
 
 def _control_rows(config: RunConfig, data: PreparedData) -> Callable[[int], Batch]:
@@ -210,7 +210,7 @@ def _check_batch(config: RunConfig, world: World) -> None:
         )
 
 
-def _optimizer_builder(config: RunConfig) -> Callable[[nn.Module], torch.optim.Optimizer]:
+def _optimizer_builder(config: RunConfig, world: World) -> Callable[[nn.Module], torch.optim.Optimizer]:
     def build(model: nn.Module) -> torch.optim.Optimizer:
         scale = batch_lr_scale(config.train.total_batch_size)
         not_for_muon = {
@@ -219,14 +219,16 @@ def _optimizer_builder(config: RunConfig) -> Callable[[nn.Module], torch.optim.O
             if isinstance(block, AttentionAdapter)
             for name in non_matrix_parameters(block)
         }
-        return MuonAdamW(build_param_groups(model, config.optim, lr_scale=scale, non_matrices=not_for_muon))
+        groups = build_param_groups(model, config.optim, lr_scale=scale, non_matrices=not_for_muon)
+        ranks = torch.distributed.group.WORLD if world.size > 1 else None
+        return MuonAdamW(groups, ranks=ranks)
 
     return build
 
 
-def _evaluator(
-    config: RunConfig, data: PreparedData, device: torch.device, world: World
-) -> Callable[[nn.Module], dict[str, float]]:
+def _evaluator(config: RunConfig, data: PreparedData, state: TrainState) -> Callable[[nn.Module], dict[str, float]]:
+    world = state.world
+
     def validation() -> Any:
         return validation_batches(
             data.val,
@@ -237,7 +239,13 @@ def _evaluator(
             world_size=world.size,
         )
 
-    return bits_per_byte_evaluator(validation, data.tokenizer.token_bytes(), device=device, world=world)
+    return bits_per_byte_evaluator(
+        validation,
+        data.tokenizer.token_bytes(),
+        device=state.device,
+        world=world,
+        between_batches=state.heed_signals,
+    )
 
 
 def _compiler(config: RunConfig, device: torch.device) -> Callable[[nn.Module], Any]:

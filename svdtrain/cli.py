@@ -1,7 +1,8 @@
 """The `svdtrain` command: flags to configuration, errors to one line, exit codes.
 
 Exit codes: 0 finished, 1 stopped because training broke (non-finite three times), 2 the user has to change something,
-130 interrupted by Ctrl-C.
+3 another rank was lost, 85 preempted by a signal with everything saved (start it again with --resume auto), 130
+interrupted by Ctrl-C.
 """
 
 import contextlib
@@ -21,7 +22,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 import tyro
 
 from svdtrain.config import PRESETS, RunConfig, defaults_for_depth, merge_settings
+from svdtrain.interrupts import INTERRUPTED, exit_code, leave_lost_rank, nothing_to_save_yet, resume_command
 from svdtrain.runlog import newest_run
+from svdtrain.trainer.errors import RankLostError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -211,21 +214,32 @@ def check_resumable(saved: dict | None, config: RunConfig, path: Path) -> None:
                 )
 
 
-def run(arguments: Arguments, console: "Console") -> int:
-    """Train; returns the exit code."""
+def run(arguments: Arguments, console: "Console", argv: Sequence[str] = ()) -> int:
+    """Train; returns the exit code. `argv` is what the user typed, for the command that goes on after a signal."""
     config = arguments.config
     _set_log_level(arguments.run.log_level, console)
     path = choose_run_directory(arguments.run, config.model.depth)
     resuming = arguments.run.resume == "auto"
 
-    from svdtrain.build import build_trainer  # torch is imported here, after everything a typing error can stop
-    from svdtrain.runlog import RunDirectory
+    with nothing_to_save_yet():
+        from svdtrain.build import build_trainer  # torch is imported here, after everything a typing error can stop
+        from svdtrain.runlog import RunDirectory
+        from svdtrain.trainer.distributed import close_world
 
-    if resuming:
-        check_resumable(RunDirectory(path, writable=False).read_config(), config, path)
-    trainer = build_trainer(config, path, console)
-    trainer.state.run.write_config(config.to_dict())
-    trainer.fit(resume=resuming)
+        if resuming:
+            check_resumable(RunDirectory(path, writable=False).read_config(), config, path)
+        trainer = build_trainer(config, path, console)
+        trainer.state.run.write_config(config.to_dict())
+        trainer.fit(resume=resuming)
+    state = trainer.state
+    close_world(state.world)
+    if state.control.ending and trainer.saved:
+        if state.world.is_main:
+            command = resume_command(argv, path)
+            console.print(f"saved at step {state.step}; go on with: {command}", soft_wrap=True, markup=False)
+        return exit_code(state.control.ending)
+    if state.control.abort:
+        return 1
     if trainer.state.stop_reason.startswith("non-finite"):
         steps = trainer.store.steps()
         good = (
@@ -253,12 +267,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"WARNING {message}", style="yellow", markup=False
     )
     try:
-        return run(parse_arguments(sys.argv[1:] if argv is None else argv), console)
+        given = sys.argv[1:] if argv is None else argv
+        if "--dry-run" in given:  # for launchers: read the flags, print the resolved configuration, stop
+            print(json.dumps(parse_arguments([t for t in given if t != "--dry-run"]).config.to_dict()))
+            return 0
+        return run(parse_arguments(given), console, given)
+    except RankLostError as error:
+        leave_lost_rank(str(error))
     except KeyboardInterrupt:
-        console.print(
-            "interrupted; finished steps since the last checkpoint are lost (see --save-every)", style="yellow"
-        )
-        return 130
+        console.print("interrupted before training started; nothing is lost", style="yellow")
+        return INTERRUPTED
     except (ValueError, FileNotFoundError, PermissionError) as error:
         print(f"svdtrain: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

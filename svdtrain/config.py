@@ -128,6 +128,10 @@ class TrainConfig:
     """Print a sample every N steps; 0: only at the end."""
     save_every: int = 0
     """Save a checkpoint every N steps; 0: only at the end."""
+    async_save: bool = advanced(True)
+    """Write checkpoints in the background while training goes on."""
+    check_ranks_every: int = advanced(100)
+    """With several processes: compare all weights between them every N steps; 0: never."""
     keep_checkpoints: int = advanced(2)
     """Number of newest checkpoints to keep; at least 2."""
     log_every: int = advanced(1)
@@ -137,7 +141,7 @@ class TrainConfig:
         _require(self.num_iterations >= 1, f"--num-iterations must be at least 1, got {self.num_iterations}")
         _require(self.device_batch_size >= 1, f"--device-batch-size must be at least 1, got {self.device_batch_size}")
         _require(self.keep_checkpoints >= 2, "--keep-checkpoints must be at least 2, so that one survives a bad save")
-        for name in ("eval_every", "sample_every", "save_every"):
+        for name in ("eval_every", "sample_every", "save_every", "check_ranks_every"):
             _require(getattr(self, name) >= 0, f"--{name.replace('_', '-')} must not be negative")
         _require(self.log_every >= 1, f"--log-every must be at least 1, got {self.log_every}")
 

@@ -34,7 +34,8 @@ class SampleText(Hook):
             self._sample(state)
 
     def on_stop(self, state: TrainState) -> None:
-        self._sample(state)
+        if not state.control.ending:  # after a signal the seconds are counted
+            self._sample(state)
 
     def _sample(self, state: TrainState) -> None:
         if not state.world.is_main:

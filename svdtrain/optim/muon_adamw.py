@@ -2,6 +2,9 @@
 
 State per parameter (not per stack) lets a parameter leave its group, or factors of another shape join, at any step
 without touching the state of the others. Equal shapes are stacked for the length of a step only.
+
+Over several ranks each orthogonalises its share of every stack and all get the results. State stays whole on every
+rank: a checkpoint does not depend on the number of ranks, and a matrix may change its mode at any step.
 """
 
 # pyright: reportPrivateImportUsage=false
@@ -14,6 +17,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from svdtrain.optim.muon import (
@@ -36,10 +40,12 @@ class MuonAdamW(torch.optim.Optimizer):
     [m, 1] or [1, n]. adamw groups: lr, betas, eps, weight_decay; state exp_avg, exp_avg_sq and step (0-d, on the CPU).
     State that is missing starts at zero, entry by entry, so that a new parameter may bring only some of it.
     Moments of bf16 and fp16 parameters are fp32. Nothing in a step waits for the GPU.
+    ranks: the process group over which Muon's work is shared; every rank must hold the same parameters and gradients.
     Raises ValueError for a group without a kind or lr, or a muon parameter that is not 2-D.
     """
 
-    def __init__(self, param_groups: Iterable[dict[str, Any]]) -> None:
+    def __init__(self, param_groups: Iterable[dict[str, Any]], *, ranks: Any = None) -> None:
+        self._ranks = ranks
         super().__init__(param_groups, defaults={})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -59,12 +65,33 @@ class MuonAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
+        shares: list[Share] = []
+        for group in sorted(self.param_groups, key=lambda group: group["kind"] != "muon"):
             params = [p for p in group["params"] if p.grad is not None]
-            step = self._muon_step if group["kind"] == "muon" else self._adamw_step
             for alike in _stackable(params, by_shape=group["kind"] == "muon"):
-                step(alike, group)
+                if group["kind"] == "adamw":
+                    self._adamw_step(alike, group)  # while Muon's results travel
+                elif self._ranks is None:
+                    self._muon_step(alike, group)
+                else:
+                    shares.append(self._muon_share(alike, group))
+        for share in shares:
+            share.receive()
         return loss
+
+    def _muon_share(self, params: list[Tensor], group: dict[str, Any]) -> Share:
+        """This rank's part of a stack, on its way to the others. Every rank's momentum moves, because it is cheap."""
+        share = Share(params, self._ranks)
+        states = [self._muon_state(p) for p in params]
+        mine = params[share.own]
+        others = [i for i in range(len(params)) if i not in range(*share.own.indices(len(params)))]
+        if others:
+            buffers = [states[i]["momentum_buffer"] for i in others]
+            torch._foreach_lerp_(buffers, [_gradient(params[i]) for i in others], 1 - group["momentum"])
+        if mine:
+            self._muon_step(mine, group)
+        share.send([s["second_momentum_buffer"] for s in states])
+        return share
 
     def _muon_step(self, params: list[Tensor], group: dict[str, Any]) -> None:
         states = [self._muon_state(p) for p in params]
@@ -134,6 +161,45 @@ class MuonAdamW(torch.optim.Optimizer):
             for name, value in state_dict["state"].get(index, {}).items():
                 if name != "step" and value.dtype != p.dtype:
                     self.state[p][name] = value.to(p.device, copy=True)
+
+
+class Share:
+    """A stack of K equal matrices over R ranks: rank i owns ceil(K / R) of them in a row, the last ranks fewer or none.
+
+    Weights and second moments go out in one message per stack, and come back into the tensors of every rank.
+    """
+
+    def __init__(self, params: list[Tensor], ranks: Any) -> None:
+        self._params, self._ranks = params, ranks
+        world, rank = dist.get_world_size(ranks), dist.get_rank(ranks)
+        self._per_rank = -(-len(params) // world)
+        self._world = world
+        self.own = slice(min(rank * self._per_rank, len(params)), min((rank + 1) * self._per_rank, len(params)))
+
+    def send(self, second: list[Tensor]) -> None:
+        """Start to exchange: own weights and `second` are final, those of the others still old."""
+        self._second = second
+        rows = [torch.cat([p.reshape(-1), s.reshape(-1)]) for p, s in self._pairs(self.own)]
+        width = self._params[0].numel() + second[0].numel()
+        padding = self._params[0].new_zeros(self._per_rank - len(rows), width)
+        self._sent = torch.cat([*(row[None] for row in rows), padding])  # kept until the message has left
+        self._received = self._sent.new_empty(self._world * self._per_rank, width)
+        self._handle = _all_gather(self._received, self._sent, self._ranks)
+
+    def receive(self) -> None:
+        """Wait, and take over what the other ranks computed."""
+        self._handle.wait()
+        for row, (p, s) in zip(self._received, self._pairs(slice(None)), strict=False):
+            p.copy_(row[: p.numel()].view_as(p))
+            s.copy_(row[p.numel() :].view_as(s))
+
+    def _pairs(self, which: slice) -> list[tuple[Tensor, Tensor]]:
+        return list(zip(self._params[which], self._second[which], strict=True))
+
+
+def _all_gather(out: Tensor, own: Tensor, ranks: Any) -> Any:
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the newer name of the same
+    return gather(out, own, group=ranks, async_op=True)
 
 
 def _check_matrices(params: list[Tensor]) -> None:

@@ -2,13 +2,14 @@
 
     checkpoints/step_000500/
       model.safetensors       plain merged weights: any other program can load them
-      optimizer_rank0.pt      tensors and primitives, torch.load(weights_only=True)
-      state_rank0.pt          hooks, counters, random generators
-      manifest.json           sizes and sha256 of the files above, written last
+      optimizer_rank0.pt      tensors and primitives, torch.load(weights_only=True); the same on all ranks, so once
+      state_rank0.pt          hooks, counters, random generators; one file a rank
+      manifest.json           sizes and sha256 of the files above, and its own; written last
     checkpoints/latest        name of the newest durable checkpoint
 
 A save writes to `step_000500.tmp`, flushes every file to the disk, renames the directory, then moves `latest`. A
 directory without a manifest that verifies is no checkpoint; loading falls back to the newest that verifies and says so.
+A step that is saved again steps aside as `step_000500.old` until its successor is in place.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from torch import Tensor
 from svdtrain.runlog import atomic_write_text, fsync_directory
 
 FORMAT_VERSION = 1
+NO_CHECKPOINT, NONE_WHOLE = -1, 1 << 50  # what rank 0 tells the others instead of a step
 
 
 class CheckpointError(ValueError):
@@ -40,87 +42,131 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A checkpoint in memory. `optimizer` and `state` are this rank's own."""
+    """A checkpoint in memory. `model` and `optimizer` are rank 0's to write, `state` is this rank's own."""
 
     step: int
     model: dict[str, Tensor]
     optimizer: dict[str, Any]
     state: dict[str, Any]
+    world_size: int = 1
+    """Number of ranks that wrote it. A different number now: `state` is rank 0's."""
 
 
 class CheckpointStore:
-    """The checkpoints of one run."""
+    """The checkpoints of one run.
+
+    `at_stage` is called with the name of each stage of a save as it begins: the fault drills kill there.
+    """
 
     def __init__(self, path: Path, *, rank: int = 0, world_size: int = 1, keep: int = 2) -> None:
         self.path = path
         self.rank = rank
         self.world_size = world_size
         self.keep = keep
+        self.at_stage: Callable[[str], None] = lambda name: None
+        self._known_whole: set[int] = set()
 
     def directory(self, step: int) -> Path:
-        return self.path / f"step_{step:06d}"
+        """Where a step's checkpoint is (or will be); the copy that stepped aside if a kill left only that one."""
+        path = self.path / f"step_{step:06d}"
+        aside = _aside(path)
+        return aside if aside.exists() and not path.exists() else path
 
-    def save(self, checkpoint: Checkpoint, *, barrier: Callable[[], None] = lambda: None) -> Path:
-        """Write a checkpoint; every rank calls this. Durable when it returns.
+    def save(self, checkpoint: Checkpoint, *, any_rank: Callable[[bool], bool] = bool) -> Path:
+        """Write a checkpoint; every rank calls this. Durable and read back when it returns.
 
-        Raises CheckpointError where the disk is full or not writable; older checkpoints stay as they are.
+        `any_rank` tells each rank whether any of them failed; with several ranks it also keeps them in step.
+        Raises CheckpointError on every rank where the disk of one is full or not writable; older checkpoints stay.
         """
-        final, temporary = self.directory(checkpoint.step), self.path / f"step_{checkpoint.step:06d}.tmp"
-        try:
-            if self.rank == 0:
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir(parents=True)
-            barrier()  # the directory exists before any rank writes into it
-            self._write_files(temporary, checkpoint)
-            barrier()  # all files are on disk before the manifest lists them
-            if self.rank == 0:
-                self._publish(temporary, final, checkpoint.step)
-            barrier()  # nobody goes on before the checkpoint is durable
-        except OSError as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise CheckpointError(
-                f"cannot save checkpoint {final}: {error.strerror or error}; free space or choose another --run-dir"
-            ) from error
+        final = self.path / f"step_{checkpoint.step:06d}"
+        temporary = final.with_name(final.name + ".tmp")
+        stages: list[Callable[[], None]] = [
+            lambda: self._on_main(lambda: self._make_room(temporary)),
+            lambda: self._write_files(temporary, checkpoint),  # the directory exists before any rank writes into it
+            lambda: self._on_main(lambda: self._publish(temporary, final)),  # all files are there: list them
+        ]
+        for stage in stages:
+            error = _error_of(stage)
+            if any_rank(error is not None):
+                self._on_main(lambda: shutil.rmtree(temporary, ignore_errors=True))
+                what = (error.strerror or error) if error is not None else "another rank could not write"
+                raise CheckpointError(
+                    f"cannot save checkpoint {final}: {what}; free space or choose another --run-dir"
+                ) from error
+        self._on_main(self._prune)
         return final
+
+    def _on_main(self, work: Callable[[], None]) -> None:
+        if self.rank == 0:
+            work()
+
+    def _make_room(self, temporary: Path) -> None:
+        self.at_stage("directory")
+        for leftover in self.path.glob("step_*.tmp"):  # of saves that were killed
+            shutil.rmtree(leftover, ignore_errors=True)
+        for aside in self.path.glob("step_*.old"):  # a kill left only the older copy: it takes its place again
+            if not aside.with_suffix("").exists():
+                os.replace(aside, aside.with_suffix(""))
+        temporary.mkdir(parents=True)
 
     def _write_files(self, directory: Path, checkpoint: Checkpoint) -> None:
         if self.rank == 0:
+            self.at_stage("model")
             tensors = {name: t.detach().cpu().contiguous() for name, t in checkpoint.model.items()}
             _write_safetensors(tensors, directory / "model.safetensors")
-        _write_torch(checkpoint.optimizer, directory / f"optimizer_rank{self.rank}.pt")
+            self.at_stage("optimizer")
+            _write_torch(checkpoint.optimizer, directory / "optimizer_rank0.pt")
+        self.at_stage("state")
         _write_torch(checkpoint.state, directory / f"state_rank{self.rank}.pt")
 
-    def _publish(self, temporary: Path, final: Path, step: int) -> None:
+    def _publish(self, temporary: Path, final: Path) -> None:
+        """The manifest, then the directory's own name, then `latest`. A kill between any two leaves a whole one."""
+        step = int(final.name[5:])
+        self.at_stage("manifest")
         files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(temporary.iterdir())}
         manifest = {"format": FORMAT_VERSION, "step": step, "world_size": self.world_size, "files": files}
+        manifest["manifest_sha256"] = _manifest_digest(manifest)
         atomic_write_text(temporary / "manifest.json", json.dumps(manifest, indent=2) + "\n")
-        if final.exists():  # the same step saved twice: the older copy steps aside until the new one is in place
-            shutil.rmtree(final)
+        self.at_stage("aside")
+        if final.exists():
+            shutil.rmtree(_aside(final), ignore_errors=True)
+            os.replace(final, _aside(final))
+        self.at_stage("rename")
         os.replace(temporary, final)
         fsync_directory(self.path)
+        self.at_stage("latest")
+        self._known_whole.discard(step)
+        problem = self.verify(step)
+        if problem:
+            raise OSError(None, f"what was written does not read back: {problem}")
+        self._known_whole.add(step)
         atomic_write_text(self.path / "latest", final.name + "\n")
-        self._prune()
 
     def _prune(self) -> None:
-        """Remove the oldest checkpoints beyond `keep`; those that do not verify do not count as kept."""
-        steps = sorted(self.steps(), reverse=True)
-        for step in steps[self.keep :]:
-            shutil.rmtree(self.directory(step), ignore_errors=True)
+        """Remove what is older than the newest `keep` that verify; damaged ones do not count as kept."""
+        self.at_stage("prune")
+        num_whole = 0
+        for step in reversed(self.steps()):
+            directory = self.directory(step)
+            if num_whole >= self.keep:
+                shutil.rmtree(directory, ignore_errors=True)
+            elif step in self._known_whole or not self.verify(step):
+                self._known_whole.add(step)
+                num_whole += 1
+                shutil.rmtree(_aside(directory), ignore_errors=True)
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint directory, ascending, verified or not."""
         found = self.path.glob("step_*") if self.path.is_dir() else []
-        return sorted(int(p.name[5:]) for p in found if p.name[5:].isdigit())
+        names = {p.name.removesuffix(".old")[5:] for p in found}
+        return sorted(int(name) for name in names if name.isdigit())
 
     def verify(self, step: int) -> str:
-        """Empty if the checkpoint is whole, else what is wrong with it."""
+        """Empty if the checkpoint is whole, else what is wrong with it. Raises CheckpointError for a newer format."""
         directory = self.directory(step)
-        try:
-            manifest = json.loads((directory / "manifest.json").read_text())
-        except (OSError, ValueError):
-            return "its manifest is missing or unreadable"
-        if manifest.get("format", 0) > FORMAT_VERSION:
-            return f"it was written by a newer version (format {manifest['format']}, known {FORMAT_VERSION}); update"
+        manifest = _read_manifest(directory)
+        if manifest is None:
+            return "its manifest is missing or damaged"
         for name, expected in manifest["files"].items():
             path = directory / name
             if not path.exists() or path.stat().st_size != expected["bytes"]:
@@ -129,8 +175,8 @@ class CheckpointStore:
                 return f"{name} is damaged (sha256 differs)"
         return ""
 
-    def load_latest(self) -> Checkpoint | None:
-        """Newest checkpoint that verifies; None if the run has none at all.
+    def newest_whole(self) -> int:
+        """Step of the newest checkpoint that verifies, NO_CHECKPOINT if the run has none at all.
 
         Warns where it passes over a damaged one. Raises CheckpointError if there are some but none verifies: training
         never restarts at step 0 in silence.
@@ -139,22 +185,77 @@ class CheckpointStore:
         for step in reversed(steps):
             problem = self.verify(step)
             if not problem:
-                return self.load(step)
-            warnings.warn(f"checkpoint {self.directory(step)} is passed over: {problem}", stacklevel=2)
+                return step
+            warnings.warn(f"checkpoint {self.directory(step)} is passed over: {problem}", stacklevel=3)
         if steps:
             raise CheckpointError(f"no checkpoint in {self.path} is whole; restore one or start with another --run-dir")
-        return None
+        return NO_CHECKPOINT
+
+    def load_latest(self, *, from_main: Callable[[int], int] = int) -> Checkpoint | None:
+        """The newest checkpoint that verifies; None if the run has none. Raises and warns as `newest_whole`.
+
+        Rank 0 looks and `from_main` gives its answer to all ranks.
+        """
+        step, error = NO_CHECKPOINT, None
+        if self.rank == 0:
+            try:
+                step = self.newest_whole()
+            except CheckpointError as caught:
+                step, error = NONE_WHOLE, caught
+        step = from_main(step)
+        if step == NONE_WHOLE:
+            raise error or CheckpointError(f"no checkpoint in {self.path} can be used; rank 0 says why")
+        return None if step == NO_CHECKPOINT else self.load(step)
 
     def load(self, step: int) -> Checkpoint:
-        """Load one checkpoint onto the CPU."""
+        """Load one checkpoint onto the CPU. Written by another number of ranks, every rank gets rank 0's state."""
         directory = self.directory(step)
-        load = {"map_location": "cpu", "weights_only": True}
+        manifest = _read_manifest(directory)
+        if manifest is None:
+            raise CheckpointError(f"{directory} is not visible here or its manifest is damaged; is --run-dir shared?")
+        world_size = manifest["world_size"]
+        rank = self.rank if world_size == self.world_size else 0
+        options = {"map_location": "cpu", "weights_only": True}
         return Checkpoint(
             step=step,
             model=load_file(directory / "model.safetensors"),
-            optimizer=torch.load(directory / f"optimizer_rank{self.rank}.pt", **load),
-            state=torch.load(directory / f"state_rank{self.rank}.pt", **load),
+            optimizer=torch.load(directory / "optimizer_rank0.pt", **options),
+            state=torch.load(directory / f"state_rank{rank}.pt", **options),
+            world_size=world_size,
         )
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(path.name + ".old")
+
+
+def _error_of(work: Callable[[], None]) -> OSError | None:
+    try:
+        work()
+    except OSError as error:
+        return error
+    return None
+
+
+def _read_manifest(directory: Path) -> dict[str, Any] | None:
+    """None if it is missing or damaged: it holds the sha256 of its own contents."""
+    path = directory / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text())
+        claimed = manifest.pop("manifest_sha256")
+        whole = claimed == _manifest_digest(manifest)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    if whole and manifest["format"] > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{directory} was written by a newer version (format {manifest['format']}, known {FORMAT_VERSION}); "
+            "update svdtrain"
+        )
+    return manifest if whole else None
+
+
+def _manifest_digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _write_safetensors(tensors: dict[str, Tensor], path: Path) -> None:

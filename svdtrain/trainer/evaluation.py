@@ -19,6 +19,7 @@ def evaluate_bits_per_byte(
     *,
     device: torch.device,
     world: World,
+    between_batches: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Sum of the targets' losses over the sum of their bytes.
 
@@ -26,6 +27,7 @@ def evaluate_bits_per_byte(
         model: (idx [B, T], targets [B, T], loss_reduction="none") -> losses [B * T] or [B, T], nats.
         batches: this rank's share of the validation text.
         token_bytes: [vocab] bytes of every token, 0 for special tokens, which are not counted.
+        between_batches: called after every batch; may raise to end the evaluation.
     Returns:
         val/bpb, and val/loss: mean nats over the counted tokens. Both nan if there were none.
     """
@@ -39,6 +41,7 @@ def evaluate_bits_per_byte(
         sizes = torch.where(flat >= 0, token_bytes[flat.clamp_min(0)], 0)
         nats += (losses * (sizes > 0)).sum()
         counts += torch.stack([sizes.sum(), (sizes > 0).sum()])
+        between_batches()
     totals = sum_over_ranks(torch.cat([nats[None], counts.double()]).cpu(), world).tolist()
     total_nats, total_bytes, total_tokens = totals
     return {
@@ -53,10 +56,13 @@ def bits_per_byte_evaluator(
     *,
     device: torch.device,
     world: World,
+    between_batches: Callable[[], None] = lambda: None,
 ) -> Callable[[nn.Module], dict[str, float]]:
     """The trainer's `evaluate` over a fixed validation set."""
 
     def evaluate(model: nn.Module) -> dict[str, float]:
-        return evaluate_bits_per_byte(model, validation(), token_bytes, device=device, world=world)
+        return evaluate_bits_per_byte(
+            model, validation(), token_bytes, device=device, world=world, between_batches=between_batches
+        )
 
     return evaluate

@@ -25,7 +25,7 @@ from enum import IntEnum
 from typing import Any
 
 from svdtrain.runlog import Record
-from svdtrain.trainer.distributed import agree_any
+from svdtrain.trainer.distributed import agree_max
 from svdtrain.trainer.state import Alert, ParamsChange, TrainState
 
 
@@ -130,9 +130,11 @@ class HookEngine:
         self.emit("on_log", state, kind, fields)
 
     def agree(self, state: TrainState, *requests: str) -> None:
-        """A request made on one rank is made on all."""
+        """A request made on one rank is made on all; so is a signal that reached one of them."""
         control = state.control
-        raised = agree_any([bool(getattr(control, request)) for request in requests], state.world)
+        votes = [float(bool(getattr(control, request))) for request in requests]
+        *raised, signal = agree_max([*votes, float(control.signal)], state.world)
+        control.ending = max(control.ending, int(signal))
         for request, anywhere in zip(requests, raised, strict=True):
             if anywhere and not getattr(control, request):
                 setattr(control, request, "requested by another rank")

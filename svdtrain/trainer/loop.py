@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from svdtrain.optim.schedule import apply_schedule
-from svdtrain.trainer.checkpoint import Checkpoint, CheckpointError, CheckpointStore, rng_state, set_rng_state
-from svdtrain.trainer.distributed import average_gradients, barrier
+from svdtrain.trainer.checkpoint import Checkpoint, CheckpointError, CheckpointStore, set_rng_state
+from svdtrain.trainer.distributed import from_main
+from svdtrain.trainer.errors import Preempted
+from svdtrain.trainer.gradients import GradientAverager
 from svdtrain.trainer.hooks import Hook, HookEngine
+from svdtrain.trainer.saving import BackgroundSaver, hook_states, snapshot
 from svdtrain.trainer.state import TrainState
 
 Evaluator = Callable[[nn.Module], dict[str, float]]
@@ -55,16 +60,24 @@ class Trainer:
         self.store = CheckpointStore(
             state.run.checkpoints_path, rank=world.rank, world_size=world.size, keep=train.keep_checkpoints
         )
-        self._last_saved = -1
+        self.saver = BackgroundSaver(self.store, world)
+        self._gradients: GradientAverager | None = None
+        self._last_saved = -1  # step of the newest durable checkpoint
         self._last_evaluated = -1
+
+    @property
+    def saved(self) -> bool:
+        """Whether the newest step is in a durable checkpoint."""
+        return self._last_saved == self.state.step
 
     def fit(self, *, resume: bool = False) -> None:
         """Train to the end, or to a requested stop; with `resume`, from the newest checkpoint if there is one."""
         state = self.state
         try:
             self._prepare(resume)
-            if state.step == 0:
-                self._run_evaluation()
+            if state.step == 0 or _due(state.step, state.config.train.eval_every):
+                self._run_evaluation()  # the first one, or one that a signal cut short
+            self._heed_signal()
             while state.step < state.num_iterations and not state.control.stop:
                 self._train_step()
                 self._honour_requests()
@@ -73,15 +86,17 @@ class Trainer:
             self.engine.emit_isolated("on_exception", state, error)
             raise
         finally:
+            self.saver.close()
             self.engine.close()
 
     def _prepare(self, resume: bool) -> None:
         state = self.state
         self.engine.emit("on_setup", state)
         state.optimizer = self._build_optimizer(state.model)
-        checkpoint = self.store.load_latest() if resume else None
+        self._gradients = GradientAverager(state.model.parameters(), state.world)
+        checkpoint = self.store.load_latest(from_main=partial(from_main, world=state.world)) if resume else None
         if checkpoint:
-            self.engine.load_state_dict(checkpoint.state["hooks"])
+            self.engine.load_state_dict(hook_states(checkpoint, state))
         self.engine.emit("on_restore", state)
         if checkpoint:
             self._load(checkpoint)
@@ -99,7 +114,6 @@ class Trainer:
         apply_schedule(optimizer, state.step, state.num_iterations, state.config.optim)
         engine.emit("on_step_start", state)
         state.loss = self._forward_backward()
-        average_gradients(state.model.parameters(), state.world)
         engine.emit("on_backward_end", state)
         self._clip_gradients()
         engine.emit("on_before_optimizer_step", state)
@@ -115,16 +129,21 @@ class Trainer:
         engine.emit("on_step_end", state)
 
     def _forward_backward(self) -> Tensor:
-        """Accumulate gradients over the micro-batches; returns this rank's mean loss, [] on the device, in nats."""
+        """Gradients over all micro-batches and ranks; returns the mean loss of the step, [] on the device, in nats."""
         state = self.state
         inputs, targets = state.stream.batch(state.step, state.world.rank, state.world.size)
         inputs, targets = _to_device(inputs, state.device), _to_device(targets, state.device)
         total = torch.zeros((), device=state.device)
-        for x, y in zip(inputs.chunk(self.num_micro_batches), targets.chunk(self.num_micro_batches), strict=True):
+        assert self._gradients is not None
+        pairs = zip(inputs.chunk(self.num_micro_batches), targets.chunk(self.num_micro_batches), strict=True)
+        for number, (x, y) in enumerate(pairs, start=1):
+            if number == self.num_micro_batches:
+                self._gradients.arm()
             loss = state.forward(x, y) / self.num_micro_batches
             loss.backward()
             total += loss.detach()
             self.engine.emit_micro_batch_end(state)
+        self._gradients.finish(total)
         return total
 
     def _clip_gradients(self) -> None:
@@ -136,53 +155,75 @@ class Trainer:
     def _honour_requests(self) -> None:
         """Evaluate, save or stop where the schedule or a hook on any rank asks for it."""
         state, train, control = self.state, self.state.config.train, self.state.control
-        self.engine.agree(state, "evaluate", "save", "stop")
-        if control.evaluate or _due(state.step, train.eval_every):
+        control.saving = "writing" if self.saver.busy else ""
+        self.engine.agree(state, "evaluate", "save", "stop", "saving", "abort")
+        if self.saver.uncollected and not control.saving:
+            self._collect_save()
+        if (control.evaluate or _due(state.step, train.eval_every)) and not control.ending:
             self._run_evaluation()
-        if control.save or _due(state.step, train.save_every):
+        if (control.save or _due(state.step, train.save_every)) and not (control.ending or control.abort):
             self.save()
         control.evaluate = control.save = ""
+        self._heed_signal()
+
+    def _heed_signal(self) -> None:
+        """A signal to any rank ends the run, but not behind a vetoed step, whose weights may be broken: the next step
+        is taken, or the guard gives up."""
+        control = self.state.control
+        if control.ending and not control.skip_step:
+            control.request_stop(f"preempted by signal {signal.Signals(control.ending).name}")
 
     def _finish(self) -> None:
         state = self.state
-        state.stop_reason = state.control.stop or "finished"
-        if self._last_evaluated != state.step and not state.control.stop:
+        if not state.control.stop:
             self._run_evaluation()
-        if self._last_saved != state.step and not state.control.skip_step:
-            self.save()
+            self._heed_signal()
+        state.stop_reason = state.control.stop or "finished"
+        if self.saver.uncollected:
+            self._collect_save()
+        if self._last_saved != state.step and not (state.control.skip_step or state.control.abort):
+            self.save(wait=True)
         self.engine.emit("on_stop", state)
 
     def _run_evaluation(self) -> None:
+        """Evaluate once a step at most; cut short by a signal it leaves no trace and is done again after the resume."""
         state = self.state
+        if self._last_evaluated == state.step:
+            return
         state.model.eval()
-        metrics = self._evaluate(state.model)
-        state.model.train()
+        try:
+            metrics = self._evaluate(state.model)
+        except Preempted:
+            return
+        finally:
+            state.model.train()
         self._last_evaluated = state.step
         state.log("eval", dict(metrics))
         self.engine.emit("on_evaluate_end", state, metrics)
 
-    def save(self) -> None:
-        """Save a checkpoint now. A full disk raises an alert, not an error: training goes on with the older ones."""
+    def save(self, *, wait: bool = False) -> None:
+        """Begin to save a checkpoint of this moment; `wait`: until it is durable.
+
+        A full disk raises an alert, not an error, as long as training goes on with the older ones.
+        """
         state = self.state
-        checkpoint = Checkpoint(
-            step=state.step,
-            model=state.model.state_dict(),
-            optimizer=state.optimizer.state_dict(),
-            state={
-                "hooks": self.engine.state_dict(),
-                "rng": rng_state(state.device),
-                "run_seconds": state.run_seconds,
-                "metrics": dict(state.metrics),
-            },
-        )
+        if self.saver.uncollected:
+            self._collect_save()
+        self.saver.start(snapshot(state, evaluated=self._last_evaluated == state.step))
+        if wait or not state.config.train.async_save:
+            self._collect_save(last_chance=wait)
+
+    def _collect_save(self, *, last_chance: bool = False) -> None:
+        """Wait for the save that was started and tell how it went: the same on every rank at the same step."""
+        state = self.state
         try:
-            path = self.store.save(checkpoint, barrier=lambda: barrier(state.world))
+            step, path = self.saver.collect()
         except CheckpointError as error:
             state.alert("CRITICAL", "checkpoint_failed", str(error))
-            if state.step >= state.num_iterations or state.control.stop:
-                raise  # the last chance to keep this work: the user must see it
+            if last_chance:
+                raise  # this work is lost: the user must see it
             return
-        self._last_saved = state.step
+        self._last_saved = step
         self.engine.emit("on_checkpoint_saved", state, str(path))
 
     def _load(self, checkpoint: Checkpoint) -> None:
@@ -192,7 +233,8 @@ class Trainer:
         state.step = state.resumed_from = checkpoint.step
         state.run_seconds = checkpoint.state["run_seconds"]
         state.metrics = dict(checkpoint.state["metrics"])
-        self._last_saved = self._last_evaluated = checkpoint.step
+        self._last_saved = checkpoint.step
+        self._last_evaluated = checkpoint.step if checkpoint.state["evaluated"] else -1
 
 
 def _due(step: int, every: int) -> bool:

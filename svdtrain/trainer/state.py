@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from svdtrain.config import RunConfig
 from svdtrain.runlog import RunDirectory
 from svdtrain.trainer.distributed import World
+from svdtrain.trainer.errors import Preempted
 
 
 class Tokenizer(Protocol):
@@ -51,6 +52,14 @@ class Control:
     stop: str = ""
     save: str = ""
     evaluate: str = ""
+    saving: str = ""
+    """Whether a rank is still writing the last checkpoint."""
+    abort: str = ""
+    """Why the state of this run cannot be trusted any more: it stops without a save."""
+    signal: int = 0
+    """Number of the signal that reached this process; a handler sets it at any moment, so nothing decides by it."""
+    ending: int = 0
+    """Number of the signal that ends the run, agreed over ranks; 0 as long as there is none."""
 
     def request_skip_step(self, reason: str) -> None:
         """Veto the coming optimizer step (only meaningful up to on_before_optimizer_step)."""
@@ -59,6 +68,11 @@ class Control:
     def request_stop(self, reason: str) -> None:
         """End training after this step."""
         self.stop = self.stop or reason
+
+    def request_abort(self, reason: str) -> None:
+        """End training after this step and do not save: the weights are broken."""
+        self.abort = self.abort or reason
+        self.request_stop(reason)
 
     def request_save(self, reason: str) -> None:
         """Save a checkpoint at the end of this step."""
@@ -136,6 +150,12 @@ class TrainState:
     def alert(self, level: str, rule: str, message: str) -> None:
         """Publish an alert: level CRITICAL, WARNING or INFO."""
         self.engine.emit("on_alert", self, Alert(level=level, rule=rule, message=message))
+
+    def heed_signals(self) -> None:
+        """Between the batches of an evaluation: raise Preempted on every rank once a signal reached one of them."""
+        self.engine.agree(self)
+        if self.control.ending:
+            raise Preempted
 
     def params_changed(self, change: ParamsChange) -> None:
         """Announce a change of mode or rank, after checking that the optimizer owns exactly what is trained."""

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from svdtrain.trainer.checkpoint import Checkpoint, CheckpointError, CheckpointStore, rng_state, set_rng_state
+from svdtrain.trainer.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    CheckpointStore,
+    _manifest_digest,
+    rng_state,
+    set_rng_state,
+)
 
 
 def make(step: int) -> Checkpoint:
@@ -111,12 +118,87 @@ def test_full_disk_is_one_error_and_older_checkpoints_stay(tmp_path, monkeypatch
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_a_newer_format_is_named(tmp_path) -> None:
+def test_a_newer_format_is_named_and_not_passed_over(tmp_path) -> None:
+    store = CheckpointStore(tmp_path)
+    store.save(make(1))
+    store.save(make(2))
+    path = tmp_path / "step_000002" / "manifest.json"
+    manifest = {**json.loads(path.read_text()), "format": 99}
+    del manifest["manifest_sha256"]
+    path.write_text(json.dumps({**manifest, "manifest_sha256": _manifest_digest(manifest)}))
+    with pytest.raises(CheckpointError, match="newer version"):
+        store.load_latest()
+
+
+STAGES = ("directory", "model", "optimizer", "state", "manifest", "aside", "rename", "latest", "prune")
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing of ours catches it."""
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("step", [2, 3], ids=["same-step-again", "new-step"])
+def test_a_kill_at_any_stage_leaves_a_whole_newest_checkpoint(tmp_path, stage: str, step: int) -> None:
+    store = CheckpointStore(tmp_path)
+    store.save(make(1))
+    store.save(make(2))
+
+    def kill(name: str) -> None:
+        if name == stage:
+            raise Killed
+
+    store.at_stage = kill
+    with pytest.raises(Killed):
+        store.save(make(step))
+    after = CheckpointStore(tmp_path)
+    loaded = after.load_latest()
+    assert loaded is not None
+    durable = stage in ("latest", "prune")
+    assert loaded.step == (step if durable else 2)
+    assert torch.equal(loaded.model["w"], make(loaded.step).model["w"])
+    after.save(make(4))  # and the run goes on from there
+    assert after.verify(4) == ""
+    assert len(after.steps()) == 2
+    assert {p.suffix for p in tmp_path.glob("step_*")} == {""}  # no .old, no .tmp left
+
+
+def test_damaged_checkpoints_do_not_count_as_kept(tmp_path) -> None:
+    store = CheckpointStore(tmp_path, keep=2)
+    store.save(make(1))
+    store.save(make(2))
+    truncate(tmp_path / "step_000002" / "model.safetensors")
+    CheckpointStore(tmp_path, keep=2).save(make(3))
+    assert store.verify(1) == store.verify(3) == ""
+
+
+def test_what_does_not_read_back_is_an_error_and_nothing_is_pruned(tmp_path, monkeypatch) -> None:
+    store = CheckpointStore(tmp_path, keep=2)
+    store.save(make(1))
+    store.save(make(2))
+    store.at_stage = lambda name: truncate(tmp_path / "step_000003" / "model.safetensors") if name == "latest" else None
+    with pytest.raises(CheckpointError, match="does not read back"):
+        store.save(make(3))
+    assert (tmp_path / "latest").read_text() == "step_000002\n"
+    assert store.verify(1) == store.verify(2) == ""
+
+
+def test_every_flipped_bit_of_a_manifest_is_noticed(tmp_path) -> None:
     store = CheckpointStore(tmp_path)
     store.save(make(1))
     path = tmp_path / "step_000001" / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
-    assert "newer version" in store.verify(1)
+    whole = path.read_bytes()
+    for position in range(0, len(whole), 7):
+        for bit in (1, 64):
+            data = bytearray(whole)
+            data[position] ^= bit
+            path.write_bytes(bytes(data))
+            meaning = json.loads(whole)
+            try:
+                same = json.loads(bytes(data)) == meaning  # white space between the values means nothing
+            except ValueError:
+                same = False
+            assert same or store.verify(1) != "", (position, bit)
 
 
 def test_random_generators_go_on_where_they_were(tmp_path) -> None:
