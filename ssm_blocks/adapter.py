@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ssm_blocks.mixer import State, available, build
+from ssm_blocks.mixer import State, build, mixer_class
 
 ATTENTION = "A"
 MIXER = "M"
@@ -102,8 +102,7 @@ def mixer_factory(
     """A GPT's `mixer_factory`: (config, layer) -> the adapted mixer `name`, or `attention(config, layer)` where the
     pattern says A. Raises ValueError at once for an unknown name, a bad pattern, or options the mixer refuses later.
     """
-    if name not in available():
-        raise ValueError(f"unknown mixer {name!r}; available: {', '.join(available())}")
+    mixer_class(name)
     is_attention_layer(pattern, 0)
 
     def make(config: _Config, layer: int) -> nn.Module:

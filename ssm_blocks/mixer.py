@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -114,7 +115,12 @@ def available() -> list[str]:
 
 
 def mixer_class(name: str) -> type[Mixer]:
-    """The class behind a name; its file is imported on first use. Raises ValueError that lists the names."""
+    """The class behind a name; its file is imported on first use. Raises ValueError that lists the names.
+
+    A name with a colon, `package.module:Class`, is imported from there: a custom mixer needs no more than that.
+    """
+    if ":" in name:
+        return _imported(name)
     if name not in _registry and name in _BUILT_IN:
         importlib.import_module(_LAYERS + _BUILT_IN[name])
     if name not in _registry:
@@ -122,9 +128,28 @@ def mixer_class(name: str) -> type[Mixer]:
     return _registry[name]
 
 
+def _imported(path: str) -> type[Mixer]:
+    module, _, attribute = path.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"no mixer at {path!r} (package.module:Class): {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Mixer)):
+        raise ValueError(f"{path!r} is no subclass of ssm_blocks.Mixer")
+    return found
+
+
 def build(name: str, dim: int, **options: object) -> Mixer:
-    """A mixer of width `dim` by name; options go to its class. Raises ValueError for unknown names."""
-    return mixer_class(name)(dim, **options)  # type: ignore[arg-type]
+    """A mixer of width `dim` by name (or `package.module:Class`); options go to its class.
+
+    Raises ValueError for unknown names, and for options the class does not take.
+    """
+    cls = mixer_class(name)
+    try:
+        inspect.signature(cls).bind(dim, **options)
+    except TypeError as error:
+        raise ValueError(f"mixer {name!r}: {error}; it takes {inspect.signature(cls)}") from error
+    return cls(dim, **options)  # type: ignore[arg-type]
 
 
 def non_matrix_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -33,11 +33,11 @@ ROUTED_KEYS = 32  # the gradient of the choice costs K x K x V per token
 class DeltaNet(RecurrentMixer):
     """beta in (0, 1): eigenvalues in [0, 1] (arXiv:2406.06484).
 
-    num_heads: default one per 64 channels. key_dim: K per head, default the head's width, with a
-    dictionary at most 32. num_householder: delta
-    steps per token. negative: beta in (0, 2), and signs in the dictionary. dictionary_size: permutations to choose
-    from, 0 for none. gated: a decay per token. learned_state: train S_0. chunk, inverse: see `ops.delta`.
-    conv_size: tokens of the short convolution, 0 for none (then no SiLU either).
+    num_heads: default one per 64 channels. key_dim: K per head, default the head's width, at most 32 with a
+    dictionary. num_householder: delta steps per token. dictionary_size: permutations to choose from, 0 for none.
+    conv_size: tokens of the short convolution, 0 for none (then no SiLU either). learned_state: train S_0.
+    chunk, inverse: see `ops.delta`. Subclasses set `negative` (beta in (0, 2), signs in the dictionary) and `gated`
+    (a decay per token).
     """
 
     negative = False
@@ -45,6 +45,7 @@ class DeltaNet(RecurrentMixer):
     gated = False
     num_householder = 1
     most_keys = 1 << 30
+    default_inverse = "solve"
     has_fla_kernel = True
     neutral: ClassVar = {"beta": 0.0, "log_decay": 0.0, "entry": 0}
 
@@ -59,12 +60,13 @@ class DeltaNet(RecurrentMixer):
         conv_size: int = 4,
         learned_state: bool = False,
         chunk: int = 64,
-        inverse: str = "solve",
+        inverse: str | None = None,
         backend: str = "auto",
     ) -> None:
         heads, width = split_heads(dim, num_heads)
         keys = min(width, self.most_keys) if key_dim is None else key_dim
         steps = self.num_householder if num_householder is None else num_householder
+        inverse = self.default_inverse if inverse is None else inverse
         if min(keys, steps, chunk) < 1 or inverse not in INVERSES:
             raise ValueError(
                 f"key_dim, num_householder and chunk are at least 1 and inverse one of {sorted(INVERSES)}; got {keys}, "
@@ -202,8 +204,7 @@ class DeltaProduct(DeltaNet):
 class SSDDeltaNet(DeltaNet):
     """The same function as `deltanet`, all chunks in one batched pass; chunk systems by 2 x 2 block inverse."""
 
-    def __init__(self, dim: int, *, inverse: str = "block", **options) -> None:
-        super().__init__(dim, inverse=inverse, **options)
+    default_inverse = "block"
 
 
 @register("gated_ssd_deltanet")

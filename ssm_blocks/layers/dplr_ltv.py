@@ -28,7 +28,10 @@ LARGEST_CHUNK = 16  # 16 x 5 = 80: what float32 exponents bear
 
 @register("dplr_ltv")
 class TimeVaryingDPLR(RecurrentMixer):
-    """num_heads: default one per 64 channels; key_dim: K per head, default at most 32; dictionary_size: permutations to choose from."""
+    """num_heads: default one per 64 channels; key_dim: K per head, default at most 32.
+
+    dictionary_size: permutations to choose from; chunk: at most 16.
+    """
 
     has_fla_kernel = True
     neutral: ClassVar = {"k": 0.0, "a": 0.0, "log_decay": 0.0, "entry": 0}

@@ -36,7 +36,7 @@ class Element(NamedTuple):
 
     A: Params
     b: Tensor
-    started: Tensor  # bool [B, T]
+    started: Tensor | None  # bool [B, T]; None: nothing begins anywhere
 
 
 def _times_vector(M: Tensor, h: Tensor) -> Tensor:
@@ -98,8 +98,7 @@ def scan(
     if kind not in TRANSITIONS or method not in METHODS:
         raise ValueError(f"scan knows {sorted(TRANSITIONS)} by {sorted(METHODS)}, not {kind!r} by {method!r}")
     transition = TRANSITIONS[kind]
-    started = torch.zeros(b.shape[:2], dtype=torch.bool, device=b.device) if starts is None else starts
-    element = METHODS[method](transition, Element(A, b, started))
+    element = METHODS[method](transition, Element(A, b, starts))
     if h0 is None:
         return element.b
     start = h0 if starts is not None else h0.unsqueeze(1).expand_as(element.b)
@@ -111,8 +110,8 @@ def _combine(transition: Transition, second: Element, first: Element) -> Element
     cut = second.started
     composed = transition.compose(second.A, first.A)
     b = transition.apply(second.A, first.b) + second.b
-    if not cut.is_cuda and not cut.any():  # asking a GPU would make the host wait
-        return Element(composed, b, first.started)
+    if cut is None or first.started is None:
+        return Element(composed, b, None)
     A = tuple(_where(cut, kept, new) for kept, new in zip(second.A, composed, strict=True))
     return Element(A, _where(cut, second.b, b), cut | first.started)
 
@@ -123,7 +122,8 @@ def _where(condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:
 
 def _map(function: Callable[..., Tensor], *elements: Element) -> Element:
     A = tuple(function(*parts) for parts in zip(*(e.A for e in elements), strict=True))
-    return Element(A, function(*(e.b for e in elements)), function(*(e.started for e in elements)))
+    started = None if elements[0].started is None else function(*(e.started for e in elements))
+    return Element(A, function(*(e.b for e in elements)), started)
 
 
 def _doubling(transition: Transition, element: Element) -> Element:
@@ -177,7 +177,8 @@ def _pad(transition: Transition, element: Element, count: int) -> Element:
     if count == 0:
         return element
     tail = _map(lambda x: x[:, :1].expand(-1, count, *x.shape[2:]), element)
-    tail = Element(transition.identity(tail.A), torch.zeros_like(tail.b), torch.zeros_like(tail.started))
+    started = None if tail.started is None else torch.zeros_like(tail.started)
+    tail = Element(transition.identity(tail.A), torch.zeros_like(tail.b), started)
     return _map(lambda x, t: torch.cat([x, t], 1), element, tail)
 
 

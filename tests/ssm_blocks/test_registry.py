@@ -80,6 +80,26 @@ def test_a_custom_mixer_by_name() -> None:
         register("linear")(nn.Linear)  # type: ignore[type-var]
 
 
+def test_a_custom_mixer_by_where_it_lies(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_mixers.py").write_text("from ssm_blocks import Mixer\nclass Own(Mixer): pass\nnumber = 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert type(build("my_mixers:Own", 4)).__name__ == "Own"
+    for wrong, words in (
+        ("my_mixers:Other", "Other"),
+        ("no_such_file:Own", "no_such"),
+        ("my_mixers:number", "subclass"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            build(wrong, 4)
+
+
+def test_unknown_options_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"'deltanet'.*'heads'.*num_heads"):
+        build("deltanet", 8, heads=2)
+    with pytest.raises(ValueError, match="head"):
+        build("ssd_deltanet", 8, head=2)
+
+
 def test_gates_poles_and_taps_are_no_matrices() -> None:
     found = non_matrix_parameters(build("gated_ssd_deltanet", 8))
     expected = {"conv.weight", "norm.weight", "beta_gate.weight", "beta_gate.bias", "decay_gate.weight"}
