@@ -44,6 +44,11 @@ class RunRecords:
         """The run directory."""
         return self._run.path
 
+    @property
+    def holds_a_run(self) -> bool:
+        """Whether an earlier process wrote records here."""
+        return self._run.metrics_path.exists()
+
     def step_begins(self) -> None:
         """nanochat is about to step its optimizer: what it knows of the step before is complete."""
         self._flush_train()

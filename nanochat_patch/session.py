@@ -47,6 +47,11 @@ class Session:
                 "fp8 layers quantise the weights that low-rank mode would write, which nobody has validated: add "
                 "--no-svd-switching to watch only, or train without --fp8"
             )
+        if self._resume_from is None and is_main_process() and self.records.holds_a_run:
+            raise ValueError(
+                f"--run-dir {self.records.path} already holds a run; choose another, or go on with nanochat's own "
+                "--resume-from-step"
+            )
         optimizers = split_optimizers(setup_name, result)
         optimizer = optimizers[-1]  # of two, the second is the one of the matrices
         distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import importlib.machinery
 import importlib.util
 import json
 import os
@@ -31,7 +32,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-OPTIONAL = ("wandb", "requests", "yaml", "psutil", "filelock", "jinja2", "tokenizers", "rustbpe", "regex")
+OPTIONAL = ("wandb", "requests", "yaml", "filelock", "jinja2", "tokenizers", "rustbpe")
 VOCAB_SIZE = 32768
 NEVER = 10_000_000
 
@@ -57,6 +58,7 @@ def fill_gaps() -> list[str]:
     missing = [name for name in OPTIONAL if importlib.util.find_spec(name) is None]
     for name in missing:
         sys.modules[name] = EmptyModule(name)
+        sys.modules[name].__spec__ = importlib.machinery.ModuleSpec(name, None)
     return missing
 
 
@@ -128,14 +130,16 @@ def plan(arguments: argparse.Namespace) -> list[Block]:
 class Bench:
     """Sits on the optimizer's hooks behind the session's own and follows the plan."""
 
-    def __init__(self, session: Any, blocks: list[Block], rank: int) -> None:
-        self.session, self.rank = session, rank
+    def __init__(self, session: Any, blocks: list[Block]) -> None:
+        self.session = session
         self.schedule: Iterator[tuple[Block, bool]] = iter([(b, i == 0) for b in blocks for i in range(b.num_steps)])
         self.block = blocks[0]
         self.seconds: dict[str, list[tuple[float, bool]]] = {}
-        self.num_switches = 0
+        self.num_changes = 0
+        self.acting_seconds: list[float] = []
         self.graphs: list[int] = []
         self._was: tuple[str, bool] | None = None
+        self._not_its_own = 0.0  # seconds of the last step that belong to a change made in it
 
     def attach(self, optimizer: Any) -> None:
         """After the session has attached."""
@@ -147,7 +151,9 @@ class Bench:
         """nanochat has timed the step before this one."""
         if self._was is not None:
             name, analysed = self._was
-            self.seconds.setdefault(name, []).append((float(vars(sys.modules["__main__"])["dt"]), analysed))
+            seconds = float(vars(sys.modules["__main__"])["dt"]) - self._not_its_own
+            self.seconds.setdefault(name, []).append((seconds, analysed))
+            self._not_its_own = 0.0
 
     def after_step(self, *_: Any) -> None:
         """Remember what this step was, and set up the next."""
@@ -167,7 +173,10 @@ class Bench:
         preset, interval = ("fast", self.block.interval) if self.block.interval else ("off", 1)
         svd.config = dataclasses.replace(svd.config, svd_preset=preset, svd_interval=interval)
         if first and self.block.action:
+            started = now()
             self.act(self.block.action)
+            self._not_its_own = now() - started
+            self.acting_seconds.append(self._not_its_own)
 
     def act(self, action: str) -> None:
         """Move every watched matrix."""
@@ -177,7 +186,16 @@ class Bench:
             before = target.num_free_directions
             r = {"lowrank": g // 2, "rank": max(8, before - g // 16), "full": None}[action]
             svd.set_mode(name, r)
-            self.num_switches += 1
+            self.num_changes += 1
+
+
+def now() -> float:
+    """Seconds, once the device has done what it was given."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def compiled_graphs() -> int:
@@ -195,7 +213,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-seq-len", type=int, default=2048)
     parser.add_argument("--device-batch-size", type=int, default=32)
     parser.add_argument("--total-batch-size", type=int, default=524288, help="tokens per step")
-    parser.add_argument("--intervals", type=int, nargs="+", default=[0, 20, 1], help="blocks in turn; 0 is off")
+    parser.add_argument("--intervals", type=int, nargs="+", default=[0, 20], help="blocks in turn; 0 is off")
     parser.add_argument("--block-steps", type=int, default=20)
     parser.add_argument("--warmup-steps", type=int, default=20, help="a multiple of the largest interval")
     parser.add_argument("--repeats", type=int, default=2)
@@ -245,7 +263,8 @@ def figures(bench: Bench, arguments: argparse.Namespace, torn: list[str]) -> dic
     return {
         "blocks": rows,
         "num_targets": len(bench.session.svd.targets),
-        "num_switches": bench.num_switches,
+        "num_changes": bench.num_changes,
+        "ms_per_change": 1000 * sum(bench.acting_seconds) / bench.num_changes,
         "recompiles": bench.graphs[-1] - bench.graphs[0],
         "tensors_that_differ_between_ranks": torn,
         "peak_memory_gib": peak_memory_gib(),
@@ -269,8 +288,9 @@ def show(result: dict[str, Any]) -> None:
             f"{name:<22}{row['steps']:>6}{row['tokens_per_second']:>12,.0f}{row['relative']:>9.4f}"
             f"{row['median_step_ms']:>10.1f}{shown}"
         )
-    for key in ("num_targets", "num_switches", "recompiles", "tensors_that_differ_between_ranks", "peak_memory_gib"):
-        print(f"{key}: {result[key]}")
+    for key, value in result.items():
+        if key != "blocks":
+            print(f"{key}: {value}")
 
 
 def main() -> None:
@@ -283,7 +303,7 @@ def main() -> None:
     base = Path(arguments.work or Path(tempfile.gettempdir(), f"bench-nanochat-{os.getppid()}")).resolve()
     make_base(base)
     try:
-        result = measure(arguments, base, rank)
+        result = measure(arguments, base)
     finally:
         if not arguments.work and rank == 0:
             shutil.rmtree(base, ignore_errors=True)
@@ -293,8 +313,10 @@ def main() -> None:
             Path(arguments.json).write_text(json.dumps(result, indent=2) + "\n")
 
 
-def measure(arguments: argparse.Namespace, base: Path, rank: int) -> dict[str, Any]:
+def measure(arguments: argparse.Namespace, base: Path) -> dict[str, Any]:
     """Run nanochat's script through the plan."""
+    import torch.distributed as dist
+
     from nanochat_patch import launch, options, ranks
     from svdtrain.config import SVDConfig
 
@@ -302,7 +324,7 @@ def measure(arguments: argparse.Namespace, base: Path, rank: int) -> dict[str, A
     svd = SVDConfig(svd_targets=arguments.targets, svd_switching=False)
     arguments.json = str(Path(arguments.json).resolve()) if arguments.json else ""
     session = launch.prepare(options.Options(launch=where, svd=svd))
-    bench = Bench(session, plan(arguments), rank)
+    bench = Bench(session, plan(arguments))
     built = session.optimizer_built
     models = []
 
@@ -318,7 +340,10 @@ def measure(arguments: argparse.Namespace, base: Path, rank: int) -> dict[str, A
     session.options = dataclasses.replace(session.options, base_train=tuple(flags))
     with contextlib.suppress(Done):
         launch.run_script(session)
-    return figures(bench, arguments, ranks.differing(dict(models[0].named_parameters())))
+    result = figures(bench, arguments, ranks.differing(dict(models[0].named_parameters())))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return result
 
 
 if __name__ == "__main__":

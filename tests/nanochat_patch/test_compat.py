@@ -1,11 +1,13 @@
 """A checkout that lacks something is refused by the name of what it lacks; options that cannot work are, too."""
 
+import sys
 from pathlib import Path
 
 import pytest
 from fake_nanochat import undone, write_checkout
 
 from nanochat_patch import options
+from nanochat_patch.__main__ import main
 from nanochat_patch.compat import UnsupportedNanochat, enter_checkout, find_surface, split_optimizers
 from nanochat_patch.options import Launch, Options
 from svdtrain.config import SVDConfig
@@ -101,3 +103,16 @@ def test_settings_that_cannot_work_here(svd: SVDConfig, said: str) -> None:
 def test_the_checkout_must_be_named() -> None:
     with pytest.raises(ValueError, match="--nanochat DIR"):
         options.parse(["--svd-interval", "5"])
+
+
+def test_an_error_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with undone():
+        monkeypatch.setattr(sys, "argv", ["nanochat_patch", "--nanochat", str(tmp_path), "--run-dir", str(tmp_path)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == (
+        f"nanochat_patch: error: {tmp_path} is no nanochat checkout: nanochat/gpt.py is missing\n"
+    )

@@ -169,6 +169,16 @@ def test_targets_outside_the_matrix_optimizer_are_refused(
     assert "does not own" in capsys.readouterr().err
 
 
+def test_a_second_run_does_not_land_in_the_first(
+    checkout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    patched(checkout, tmp_path, WATCH, num_iterations=1)
+    with pytest.raises(SystemExit):
+        patched(checkout, tmp_path, WATCH, num_iterations=1)
+    assert "already holds a run" in capsys.readouterr().err
+    assert len(records(tmp_path / "run", "train")) == 1
+
+
 def test_a_real_wandb_run_is_mirrored(checkout: Path, tmp_path: Path) -> None:
     with undone():
         launch = Launch(nanochat=str(checkout), run_dir=str(tmp_path / "run"))
