@@ -283,7 +283,7 @@ def bench_parts(bench: Bench) -> None:
         bucket, fast, rows = tracker._store.buckets[0], tracker._fast, slice(0, min(40, bench.num))
         X = fast._stack(bucket, rows, after, minus_reference=True)
         _, unit, total = lanes.in_range(X)
-        U_k, S_k, V_k = bucket.principal(rows, X.dtype)
+        U_k, E_k, V_k = bucket.principal(rows, X.dtype)
         parts: dict[str, Callable[[], object]] = {
             "product W V": lambda Y=Y, old=old: W @ old.V,
             "small Gram": lambda Q=Q: Q.mT @ Q,
@@ -307,8 +307,8 @@ def bench_parts(bench: Bench) -> None:
             ),
             "fast: in range": lambda X=X: lanes.in_range(X),
             "fast: participation": lambda X=X, total=total: lanes.participation_of(X, total),
-            "fast: shares": lambda X=X, u=unit, t=total, U=U_k, S=S_k, V=V_k: lanes.fast_statistics(
-                X, u, t, U, S, V, t
+            "fast: shares": lambda X=X, u=unit, t=total, U=U_k, E=E_k, V=V_k: lanes.fast_statistics(
+                X, u, t, U, E, V, t
             ),
         }
         for part, work in parts.items():

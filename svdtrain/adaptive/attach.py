@@ -109,8 +109,10 @@ class AttachedSVD(AdaptiveSVD):
         decision with the tracked engine, the step itself with the exact one."""
         if not (self._average_gradients and dist.is_initialized()):
             return True
-        ahead = 1 if self._monitor is not None else 0
-        return (step + ahead) % self.config.svd_interval < max(1, ahead * self.config.svd_monitor_every)
+        interval = self.config.svd_interval
+        if self._monitor is None:
+            return step % interval == 0
+        return interval - step % interval <= self.config.svd_monitor_every  # steps until the next decision
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         found_inf = getattr(optimizer, "found_inf", None)  # of a fused step, as above

@@ -101,11 +101,13 @@ class AdaptiveSVD:
 
     def _watch(self, monitor: Monitor, step: int, deciding: bool) -> list[Change]:
         """The tracked engine's share of a step: take what the last step measured, look again, decide, analyse."""
-        monitor.collect(step)
-        if step % self.config.svd_monitor_every == 0:
-            monitor.observe(step, with_gradients=self.gradients_agree(step))
-        changes = self._decide_tracked(monitor, step) if deciding else []
-        monitor.analyse(step)
+        device = next(iter(self.targets.values())).W.device.type
+        with torch.no_grad(), torch.autocast(device, enabled=False):  # an optimizer may be stepped inside autocast
+            monitor.collect(step)
+            if step % self.config.svd_monitor_every == 0:
+                monitor.observe(step, with_gradients=self.gradients_agree(step))
+            changes = self._decide_tracked(monitor, step) if deciding else []
+            monitor.analyse(step)
         return changes
 
     def gradients_agree(self, step: int) -> bool:

@@ -43,27 +43,36 @@ NO_GAP = 1e-3  # relative gap at k under which the largest angle says nothing
 
 
 def fast_statistics(
-    X: Tensor, unit: Tensor, total: Tensor, U: Tensor, S: Tensor, V: Tensor, participation: Tensor, *,
+    X: Tensor, unit: Tensor, total: Tensor, U: Tensor, E: Tensor, V: Tensor, participation: Tensor, *,
     right_side: bool = True,
 ) -> Tensor:  # fmt: skip
-    """Columns FAST_COLUMNS of X [b, m, n] against U [b, m, K], V [b, n, K] in X's dtype and S [b, K]; float32 [b, 6].
+    """Columns FAST_COLUMNS of X [b, m, n] against U [b, m, K] and V [b, n, K] in X's dtype; float32 [b, 6].
 
-    `X, unit, total` as `in_range` gives them. Columns of U and V, and values of S, that are not principal are zero. pp,
-    left and right are shares of ||X||_F^2: both sides, left side, right side principal. erasure is
+    `X, unit, total` as `in_range` gives them, E [b, K] as `erasure_weights`. Columns that are not principal are zero.
+    pp, left and right are shares of ||X||_F^2: both sides, left side, right side principal. erasure is
     sum_i s_i u_i^T X v_i / sum_i s_i^2: half the relative first-order change of the principal energy, negative when X
     erases. `participation` [b] is passed through. Without `right_side`, one of the two large products is saved and
     `right` is NaN.
     """
     left = U.mT @ X
     D = left @ V
-    pp, left_share = (safe_ratio(squared_norm(part), total) for part in (D, left))
-    right_share = safe_ratio(squared_norm(X @ V), total) if right_side else torch.full_like(total, math.nan)
+    parts = torch.stack([_norm(part) for part in (D, left, *((X @ V,) if right_side else ()))])
+    size = total.sqrt()
+    shares = (parts / size.clamp_min(torch.finfo(size.dtype).tiny)).square().unbind()
+    right_share = shares[2] if right_side else torch.full_like(total, math.nan)
+    erasure = (E * D.diagonal(dim1=-2, dim2=-1)).sum(-1) * unit
+    return torch.stack([size * unit, shares[0], shares[1], right_share, erasure.float(), participation], dim=-1)
+
+
+def _norm(X: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(X, dim=(-2, -1), dtype=torch.float32)
+
+
+def erasure_weights(S: Tensor) -> Tensor:
+    """s_i / sum_j s_j^2, [b, K]; zeros for S = 0."""
     strongest = S.amax(-1, keepdim=True).clamp_min(torch.finfo(S.dtype).tiny)
-    relative = S / strongest
-    diagonal = D.diagonal(dim1=-2, dim2=-1).float() * (unit[:, None] / strongest)
-    erasure = safe_ratio((relative * diagonal).sum(-1), relative.square().sum(-1))
-    columns = (total.sqrt() * unit, pp, left_share, right_share, erasure, participation)
-    return torch.stack([column.float() for column in columns], dim=-1)
+    relative = S / strongest  # the square of a tiny value would vanish
+    return safe_ratio(relative / strongest, relative.square().sum(-1, keepdim=True).expand_as(relative))
 
 
 def in_range(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,7 +82,7 @@ def in_range(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     if not X.is_cuda:
         total = squared_norm(X)
-        if bool(((total == 0) | ((total > 1e-15) & (total < 1e15))).all()):
+        if all(value == 0 or 1e-15 < value < 1e15 for value in total.tolist()):
             return X, torch.ones_like(total), total
     largest = torch.linalg.vector_norm(X, math.inf, dim=(-2, -1), dtype=torch.float32)
     unit = largest.clamp_min(torch.finfo(torch.float32).tiny).log2().floor().exp2()

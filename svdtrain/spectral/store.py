@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svdtrain.spectral.lanes import Basis
+from svdtrain.spectral.lanes import Basis, erasure_weights
 
 # A basis is as wide as the next of these above k + oversample, so that few widths share a batch and a falling r does
 # not move a matrix at every analysis.
@@ -66,7 +66,8 @@ class Bucket:
         self._principal = None
 
     def principal(self, rows: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """U [rows, m, K] and V [rows, n, K] in `dtype` and S [rows, K], zero where not principal; K the largest cut.
+        """U [rows, m, K], V [rows, n, K] in `dtype` and the weights of the erasure [rows, K] between them, zero where
+        not principal; K the largest cut.
 
         Kept until a basis or a cut changes, because the fast lane asks at every step.
         """
@@ -74,9 +75,9 @@ class Bucket:
             k = max(1, self.max_cut)
             mask = self.mask[:, :k]
             U, V = ((X[..., :k] * mask.unsqueeze(-2)).to(dtype) for X in (self.U, self.V))
-            self._principal = (U, self.S[:, :k] * mask, V)
-        U, S, V = self._principal
-        return U[rows], S[rows], V[rows]
+            self._principal = (U, erasure_weights(self.S[:, :k] * mask), V)
+        U, E, V = self._principal
+        return U[rows], E[rows], V[rows]
 
     @property
     def principal_nbytes(self) -> int:

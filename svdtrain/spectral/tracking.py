@@ -38,7 +38,7 @@ from svdtrain.spectral.transfer import HostQueue, Report
 
 log = logging.getLogger(__name__)
 
-_STAGGER = 4
+_STAGGER, _STAGGER_ON_CPU = 4, 2
 _UPDATE, _GRADIENT = "update/", "gradient/"
 _RESIDUAL = SLOW_COLUMNS.index("residual")
 
@@ -73,9 +73,9 @@ class TrackerSettings:
     """The participation ratio of a matrix is renewed every so many steps; None: every step on a GPU, 32 on the CPU."""
     gradient_right_side: bool | None = None
     """Also the gradient's share on the right (input) side; None: on a GPU. The update's is always there."""
-    stagger: int = _STAGGER
-    """Groups of matrices that are analysed at different steps. An analysis is hundreds of small kernels whatever its
-    number of matrices, so few groups cost less than an even load."""
+    stagger: int | None = None
+    """Groups of matrices that are analysed at different steps; None: 4 on a GPU, 2 on the CPU. An analysis is hundreds
+    of small kernels whatever its number of matrices, so few groups cost less than an even load."""
     offset: int = 0
     """Analyses fall on the steps with (step + offset) % interval = 0, and evenly between them for the other groups."""
     fast_dtype: torch.dtype | None = None
@@ -89,7 +89,6 @@ class TrackerSettings:
             "oversample",
             "chunk",
             "max_iterations",
-            "stagger",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -118,6 +117,7 @@ class SubspaceTracker:
         device = next(iter(weights.values())).device
         on_gpu = device.type == "cuda"
         own = self.settings
+        self._stagger = own.stagger or (_STAGGER if on_gpu else _STAGGER_ON_CPU)
         self._fast = FastLane(device, own.fast_dtype, own.participation_every, own.gradient_right_side)
         self._queue = HostQueue()
         self._pending: tuple[Job, Future[dict[str, RowResult]]] | None = None
@@ -166,7 +166,7 @@ class SubspaceTracker:
             interval = self.settings.interval
             if self._store.too_wide(name):
                 interval *= self.settings.exact_interval_factor
-            groups = min(self.settings.stagger, len(rows), interval)
+            groups = min(self._stagger, len(rows), interval)
             turn = step + self.settings.offset + row.index % groups * interval // groups
             # A basis that was installed just now, out of turn, is left to age for a while.
             if row.analysed_at < 0 or (turn % interval == 0 and step - row.analysed_at >= interval // 2):

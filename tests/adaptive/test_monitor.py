@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from svdtrain.adaptive import controller
+from svdtrain.adaptive.attach import attach
 from svdtrain.adaptive.controller import AdaptiveSVD
 from svdtrain.config import SVDConfig
 
@@ -210,3 +211,22 @@ def test_memory_is_accounted_for() -> None:
     assert held["lowrank"] == 0
     run.svd.set_mode(NAMES[0], 9)
     assert run.svd.memory_bytes()["lowrank"] == 4 * (SIZE * SIZE + 2 * 9 * SIZE)
+
+
+def test_gradients_are_looked_at_where_the_ranks_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hosts that average inside their own step: only the look that the next decision uses is at averaged gradients."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    for every, expected in ((1, [3, 7, 11]), (2, [2, 3, 6, 7, 10, 11])):
+        model = Run().model
+        config = SVDConfig(svd_interval=INTERVAL, svd_monitor_every=every)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        svd = attach(model, optimizer, config, average_gradients=True)
+        assert [step for step in range(12) if svd.gradients_agree(step)] == expected
+        svd.detach()
+
+
+def test_it_works_inside_autocast() -> None:
+    outside, inside = Run().steps(0, 10), Run()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside.steps(0, 10)
+    assert inside.svd.metrics() == outside.svd.metrics()

@@ -179,3 +179,14 @@ def test_relative_gap() -> None:
     assert float(M.relative_gap(torch.tensor([4.0, 3.0, 1.0]), 2)) == pytest.approx(0.5)
     with pytest.raises(ValueError, match="gap needs"):
         M.relative_gap(torch.ones(3), 3)
+
+
+@pytest.mark.parametrize("k", [1, 3, 40, 300])
+def test_largest_eigenvalue_by_products_alone(k: int) -> None:
+    """The way of a GPU: never too small, and at most k^(1/1024) too large."""
+    X = gaussian(2, 2 * k, k).float() * torch.tensor([1e-6, 1e6])[:, None, None]
+    M_ = X.mT @ X
+    bound, exact = M._trace_power_bound(M_, 10), torch.linalg.eigvalsh(M_.double())[..., -1]
+    assert torch.all(bound >= 0.9999 * exact)
+    assert torch.all(bound <= 1.0001 * k ** (1 / 1024) * exact)
+    torch.testing.assert_close(M.largest_eigenvalue_bound(M_).double(), exact, rtol=1e-4, atol=0)

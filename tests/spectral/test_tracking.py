@@ -214,7 +214,7 @@ def test_no_gap_is_said_instead_of_an_angle() -> None:
 
 def test_analyses_are_staggered_and_exact_by_age() -> None:
     weights = make_weights()
-    tracker = tracker_for(weights, interval=8, exact_every=3)
+    tracker = tracker_for(weights, interval=8, exact_every=3, stagger=4)
     run(tracker, weights, range(1, 40))
     slow = [report for report in tracker.poll() if report.kind == "slow"]
     later = slow[1:]
