@@ -225,7 +225,7 @@ class SVDConfig:
     """Calm measurements in a row that end an alarm."""
     svd_reference_rows: int = advanced(0)
     """Rows of first-seen text whose gradient is taken; 0: a sixteenth of the batch. Compiled, whole micro-batches."""
-    svd_probe_rows: int = advanced(8)
+    svd_probe_rows: int = advanced(4)
     """Rows, at least, of the probe and of the control set; never fewer than reference rows."""
 
     def __post_init__(self) -> None:

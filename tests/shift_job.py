@@ -39,6 +39,7 @@ def write_two_texts(directory: Path) -> Path:
 def shift_settings(texts: Path, **svd: Any) -> dict[str, Any]:
     """Constant learning rate, every matrix watched, decisions left to the alarm."""
     alone = {"svd_interval": 10_000, "svd_targets": "all", "svd_interference_every": 5, "svd_alarm_nats": 0.1}
+    alone["svd_probe_rows"] = 8
     return merge_settings(
         tiny_settings(texts),
         {

@@ -25,7 +25,13 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(corpus: Path, **svd: Any) -> dict[str, Any]:
-    watched = {"svd_switching": False, "svd_on_alarm": "none", "svd_interference_every": EVERY, **svd}
+    watched = {
+        "svd_switching": False,
+        "svd_on_alarm": "none",
+        "svd_interference_every": EVERY,
+        "svd_probe_rows": 8,
+        **svd,
+    }
     return tiny_settings(corpus, train={"num_iterations": 14}, svd=watched)
 
 
@@ -142,7 +148,7 @@ def test_protecting_inputs_by_the_policy_has_its_references(corpus, tmp_path) ->
 )
 def test_row_counts(wanted: int, compiled: bool, world_size: int, expected: tuple[int, int]) -> None:
     counts = count_rows(
-        SVDConfig(svd_reference_rows=wanted),
+        SVDConfig(svd_reference_rows=wanted, svd_probe_rows=8),
         batch_size=32,
         micro_batch=4,
         world_size=world_size,

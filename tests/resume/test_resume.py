@@ -58,7 +58,7 @@ def assert_same(left: Any, right: Any, where: str = "") -> None:
         assert left == right or (left != left and right != right), where  # nan equals nan here
 
 
-TIMES = ("run_seconds", "train/dt", "train/tok_per_sec")
+TIMES = ("run_seconds", "train/dt", "train/tok_per_sec", "interference/seconds", "forgetting/seconds")
 
 
 def load(run: Path) -> dict[str, Any]:
