@@ -98,6 +98,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--runs", type=Path, default=Path("runs/shift"))
     parser.add_argument("--out", type=Path, default=Path("docs/results/shift.json"))
     options = parser.parse_args()
+    options.runs = options.runs.resolve()
+    options.data = str(Path(options.data).resolve())
     if options.smoke:
         smaller = {"depth": 2, "tokens": 512, "micro_batch": 2, "vocab": 512, "before": 90, "after": 30, "ramp": 5}
         vars(options).update(smaller, seeds=1, orders=1)

@@ -20,6 +20,7 @@ from svdtrain.trainer.hooks import Hook, Priority
 from svdtrain.trainer.state import TrainState
 
 _PRINCIPAL_SHARE = 0.25  # of the directions that a record calls principal, on either side
+_MOST_SPLIT = 16  # matrices in a record whose directions are computed, each by two exact decompositions
 _MOMENTUM_KEYS = ("momentum_buffer", "exp_avg")  # Muon and SGD; Adam
 
 
@@ -96,11 +97,12 @@ class AlarmHook(Hook):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.alarm.load_state_dict(state["alarm"])
+        if all(action.name in state["actions"] for action in self.actions):
+            self.alarm.load_state_dict(state["alarm"])  # else svd_on_alarm has changed: it starts anew
         self.triggers.load_state_dict(state["triggers"])
         self._trigger, self._measured_at = state["trigger"], state["measured_at"]
         for action in self.actions:
-            if action.name in state["actions"]:  # another svd_on_alarm than before: that action starts now
+            if action.name in state["actions"]:
                 action.load_state_dict(state["actions"][action.name])
 
     def _turn_of_gradient(self, state: TrainState) -> Tensor | None:
@@ -152,7 +154,7 @@ class AlarmHook(Hook):
             "trigger": self._trigger or "interval",
             "since": self.alarm.since,
             "actions": [action.name for action in self.actions],
-            "matrices": [self._describe(name, finding) for name in added],
+            "matrices": [self._describe(name, finding, split=i < _MOST_SPLIT) for i, name in enumerate(added)],
             "alarm/harm": evidence.harm,
             "alarm/interference": evidence.total,
             "alarm/up": float(self.alarm.up),
@@ -164,8 +166,10 @@ class AlarmHook(Hook):
             message = f"no more loss of first-seen text ({evidence.harm:.3f} nats stay lost)"
             state.alert("INFO", "interference", f"the alarm of step {self.alarm.since} is over: {message}")
 
-    def _describe(self, name: str, finding: Finding) -> dict[str, Any]:
+    def _describe(self, name: str, finding: Finding, *, split: bool) -> dict[str, Any]:
         """Nats of one matrix, and through which directions: W's principal left ones, the inputs' principal ones."""
+        if not split:
+            return {"name": name, "nats": finding.reading.nats[name]}
         W, C = self.forgetting.targets[name], finding.covariances.get(name)
         left = inputs = None
         try:
