@@ -105,6 +105,7 @@ class LocalCluster:
                 daemon.wait(20)
             except subprocess.TimeoutExpired:
                 daemon.kill()
+                daemon.wait(20)
 
     def run(self, *command: str, check: bool = True, cwd: Path | None = None, **environment: str) -> str:
         """Output of one of Slurm's commands; with its errors behind it."""

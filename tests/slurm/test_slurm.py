@@ -20,7 +20,7 @@ from tests.slurm.local_cluster import LocalCluster, why_not
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.skipif(bool(why_not()), reason=why_not() or "-")]
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 120
+STEPS = 80
 SLOW_STEPS = """
 import time
 from svdtrain.hooks.train_log import TrainLog
@@ -79,7 +79,7 @@ def uninterrupted(directory: Path, settings: dict[str, Any]) -> Path:
 
 
 def test_preempted_at_the_time_limit_requeued_by_hand_and_finished(cluster: LocalCluster, tmp_path: Path) -> None:
-    settings = tiny_settings(write_corpus(tmp_path / "text"), train={"eval_every": 40})
+    settings = tiny_settings(write_corpus(tmp_path / "text"), train={"eval_every": 30})
     run = tmp_path / "run"
     entry = take_snapshot(run, [])  # what is in the run directory is what runs: here with slow steps
     entry.write_text(entry.read_text().replace("from svdtrain.cli import main\n", SLOW_STEPS))
@@ -95,10 +95,11 @@ def test_preempted_at_the_time_limit_requeued_by_hand_and_finished(cluster: Loca
     try:
         cluster.wait(lambda: steps() > 0 or cluster.state(job) == "FAILED", 90, "the job does not start")
         cluster.wait(lambda: starts() == 1, 180, "it is not requeued at the time limit")
+        cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=15")  # once is enough
         at_first_resume = steps()
         cluster.wait(lambda: steps() > at_first_resume, 30, "it does not go on")
         cluster.run("scontrol", "requeue", job)
-        cluster.wait(lambda: cluster.state(job) in ("COMPLETED", "FAILED"), 240, "it does not finish")
+        cluster.wait(lambda: cluster.state(job) in ("COMPLETED", "FAILED"), 300, "it does not finish")
     except AssertionError as error:
         raise AssertionError(f"{error}\n{output.read_text() if output.exists() else ''}") from error
     assert cluster.state(job) == "COMPLETED", output.read_text()
