@@ -83,10 +83,3 @@ def test_resume_refuses_another_configuration(tmp_path) -> None:
     with pytest.raises(ValueError, match="made with --depth 3, now 4"):
         check_resumable(saved, RunConfig(), tmp_path)
     check_resumable(RunConfig().to_dict(), RunConfig(), tmp_path)
-
-
-@pytest.mark.parametrize("command", ["launch"])
-def test_commands_that_are_not_built_say_so_in_one_line(command: str, capsys) -> None:
-    module = __import__(f"svdtrain.{command}.cli", fromlist=["main"])
-    assert module.main() == 2
-    assert capsys.readouterr().err.count("\n") == 1
