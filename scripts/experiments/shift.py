@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from runs import ROOT, hardware, write_rows
 from shift_job import TRUTH_ROWS, Job, prepare_text
 from shift_summary import against_frontier, arm_row, detection, table
 
+from runs import ROOT, hardware, write_rows
 from svdtrain.config import RunConfig, defaults_for_depth, merge_settings
 
 SOURCES = {"kernel": "linux-doc-6.1", "java": "openjdk-17-doc"}

@@ -237,6 +237,7 @@ class AdaptiveSVD:
             "adapter": self._adapter.state_dict(),
             "references": dict(self._transitions.references),
             "monitor": None if self._monitor is None else self._monitor.state_dict(),
+            "interference": dict(self._interference),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -244,6 +245,7 @@ class AdaptiveSVD:
         on it; the model's weights may be loaded before or after. Raises ValueError for another model's state."""
         self.restore_layout(state)
         self._adapter.load_state_dict(state["adapter"])
+        self._interference = dict(state["interference"])
 
     def restore_layout(self, state: Mapping[str, Any]) -> None:
         """The part of `load_state_dict` that makes a following `optimizer.load_state_dict` fit."""

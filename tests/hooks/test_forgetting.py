@@ -126,7 +126,7 @@ def test_functional_drift_is_logged_beside_its_chance_level(corpus, tmp_path) ->
 
 
 def test_protecting_inputs_by_the_policy_has_its_references(corpus, tmp_path) -> None:
-    changed = settings(corpus, svd_protect="activation", svd_switching=True, svd_rule="original")
+    changed = settings(corpus, svd_protect="activation", svd_switching=True, svd_rule="original", svd_engine="exact")
     trainer = tiny_trainer(tmp_path / "run", changed)
     trainer.fit()
     controller = forgetting_of(trainer).svd.running

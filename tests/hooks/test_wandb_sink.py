@@ -112,5 +112,4 @@ def test_replay_sends_each_step_once(tmp_path, fake) -> None:
     train(tmp_path, WandbSink("disabled"), steps=4)
     rows = list(rows_of(tmp_path / "run"))
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
-    assert {"train/loss", "svd/h.0.attn.c_q/r"} <= rows[2].keys()
-    assert "val/bpb" in rows[4]
+    assert {"train/loss", "svd/h.0.attn.c_q/r", "val/bpb"} <= rows[4].keys()
