@@ -8,22 +8,16 @@ after its switch. DIR: parquet shards of text.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from runs import REFERENCE_SIZES, Arm, run_arms, write_rows
+from runs import REFERENCE_SIZES, Arm, experiment_parser, run_arms, write_rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--device", default="cpu")
+    parser = experiment_parser(__doc__, "phase1")
     parser.add_argument("--seed", type=int, default=1337)
-    parser.add_argument("--parallel", type=int, default=1, help="runs at a time")
-    parser.add_argument("--runs", type=Path, default=Path("runs/phase1"))
-    parser.add_argument("--out", type=Path, default=Path("docs/results/phase1.json"))
     arguments = parser.parse_args()
     flags = {**REFERENCE_SIZES, "data": arguments.data, "device": arguments.device, "svd-targets": r"h\.0\.attn\.c_q"}
     arms = [

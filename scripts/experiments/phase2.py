@@ -7,12 +7,11 @@ DIR: parquet shards of text. Both arms of a seed start from the same weights and
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from runs import REFERENCE_SIZES, Arm, run_arms, write_rows
+from runs import REFERENCE_SIZES, Arm, experiment_parser, run_arms, write_rows
 
 FIRST_SEED = 1337
 ARMS = {
@@ -23,13 +22,8 @@ ARMS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--device", default="cpu")
+    parser = experiment_parser(__doc__, "phase2")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--parallel", type=int, default=1, help="runs at a time")
-    parser.add_argument("--runs", type=Path, default=Path("runs/phase2"))
-    parser.add_argument("--out", type=Path, default=Path("docs/results/phase2.json"))
     arguments = parser.parse_args()
     flags = {**REFERENCE_SIZES, "data": arguments.data, "device": arguments.device, "dtype": "fp32", "compile": "off"}
     arms = [

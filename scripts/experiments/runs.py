@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import subprocess
@@ -41,6 +42,17 @@ class Arm:
         """The command line, also what the results page prints."""
         flags = {**self.flags, "seed": self.seed, "run-dir": run}
         return [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
+
+
+def experiment_parser(description: str | None, name: str) -> argparse.ArgumentParser:
+    """The flags that every phase has: --data, --device, --parallel, --runs, --out."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--parallel", type=int, default=1, help="runs at a time")
+    parser.add_argument("--runs", type=Path, default=Path("runs") / name)
+    parser.add_argument("--out", type=Path, default=Path("docs/results") / f"{name}.json")
+    return parser
 
 
 def run_arms(arms: Sequence[Arm], directory: Path, *, parallel: int = 1) -> list[dict[str, Any]]:
