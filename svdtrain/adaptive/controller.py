@@ -59,8 +59,10 @@ class AdaptiveSVD:
         self._optimizer = optimizer
         self._adapter: Adapter = adapter or self._default_adapter(optimizer, found)
         self._transitions = Transitions(self.config, self._adapter)
-        watching = self.config.svd_preset != "off" and self.config.svd_engine == "tracked"
-        self._monitor = Monitor(self.config, self.targets, group) if watching else None
+        self.watching = self.config.svd_preset != "off"
+        """Set it to False to look at nothing and decide nothing for a while; low-rank matrices train on as they are."""
+        tracked = self.watching and self.config.svd_engine == "tracked"
+        self._monitor = Monitor(self.config, self.targets, group) if tracked else None
         self.held: set[str] = set()
         """Matrices that keep their mode whatever the policy says: an alarm has put them there."""
         self._interference: dict[str, float] = {}
@@ -91,10 +93,10 @@ class AdaptiveSVD:
         changes: list[Change] = []
         if stepped:
             self._apply_step()
-            deciding = self.config.svd_preset != "off" and step % self.config.svd_interval == 0
-            if self._monitor is not None:
+            deciding = step % self.config.svd_interval == 0
+            if self.watching and self._monitor is not None:
                 changes = self._watch(self._monitor, step, deciding)
-            elif deciding:
+            elif self.watching and deciding:
                 changes = self._analyse(step)
         self.clear_gradients()
         return changes

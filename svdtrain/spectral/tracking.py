@@ -62,7 +62,8 @@ class TrackerSettings:
     """||W V - U S||_F / ||S||_2 of the principal columns that warm iterations must reach; about a tenth of the error
     of the largest angle, radians. Where they do not, the next analysis is exact."""
     max_iterations: int = 4
-    """Warm iterations of one analysis at most. With 1 nothing looks at the residual before the analysis ends."""
+    """Warm iterations of one analysis at most, filtered ones from the second on. With 1 nothing looks at the residual
+    before the analysis ends."""
     skip_tolerance: float = 0.0
     """The same of the *old* basis, below which an analysis is skipped; 0: never."""
     ritz: RitzWay | Literal["auto"] = "auto"
@@ -245,7 +246,7 @@ class SubspaceTracker:
             self._store.rows[name].exact_next = True
 
     def set_cuts(self, cuts: Mapping[str, int]) -> None:
-        """Set k of some matrices. A basis that is too narrow for its new k becomes exact at the next analysis."""
+        """Set k of some matrices. A basis with fewer columns than the new k becomes exact at the next analysis."""
         self.settle()
         self._store.set_cuts(cuts)
 
