@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from svdtrain.spectral.analysis import Job, Part, RowResult, run_job
-from svdtrain.spectral.decompose import Decomposition
+from svdtrain.spectral.decompose import Decomposition, load_library
 from svdtrain.spectral.fast_lane import FastLane
 from svdtrain.spectral.lanes import FAST_COLUMNS, SLOW_COLUMNS, Basis, fast_values, slow_values
 from svdtrain.spectral.sharding import own_part, share_rows
@@ -117,6 +117,8 @@ class SubspaceTracker:
         self._store.set_cuts(cuts)
         device = next(iter(weights.values())).device
         on_gpu = device.type == "cuda"
+        if on_gpu:
+            load_library(device)  # before there are threads
         own = self.settings
         self._stagger = own.stagger or (_STAGGER if on_gpu else _STAGGER_ON_CPU)
         self._fast = FastLane(device, own.fast_dtype, own.participation_every, own.gradient_right_side)
