@@ -256,7 +256,8 @@ def main() -> None:
     on_gpu = bench.device.type == "cuda"
     machine = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads"
     print(
-        f"torch {torch.__version__}, {machine}, depth {arguments.depth}, {arguments.accumulate} x {arguments.batch} x {arguments.seq} tokens a step, "
+        f"torch {torch.__version__}, {machine}, depth {arguments.depth}, "
+        f"{arguments.accumulate} x {arguments.batch} x {arguments.seq} tokens a step, "
         f"{len(bench.svd.targets)} matrices watched every {arguments.monitor_every} steps, "
         f"interval {arguments.interval}"
     )

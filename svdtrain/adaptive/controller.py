@@ -17,7 +17,7 @@ from svdtrain.adaptive.analysis import History, decompose_all, measure, starting
 from svdtrain.adaptive.factors import FactoredWeight
 from svdtrain.adaptive.guard import UpdateGuard
 from svdtrain.adaptive.monitor import Monitor
-from svdtrain.adaptive.policy import CALIBRATED_PRESETS, Measurement, should_use_lowrank_training
+from svdtrain.adaptive.policy import Measurement, should_use_lowrank_training
 from svdtrain.adaptive.registration import Adapter, Reregister
 from svdtrain.adaptive.shadow import Shadow
 from svdtrain.adaptive.target import STATE_VERSION, Change, ChangeKind, Decision, Target, check_state
@@ -369,7 +369,7 @@ class AdaptiveSVD:
             r=r,
             step=step,
             warmup=config.svd_warmup,
-            calibrated=CALIBRATED_PRESETS[config.svd_preset] if config.svd_rule == "calibrated" else None,
+            calibrated=config.calibrated,
             analyses_in_mode=target.analyses_in_mode if target.num_switches else None,
             min_dwell=config.svd_min_dwell,
         )
