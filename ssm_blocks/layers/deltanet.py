@@ -97,6 +97,11 @@ class DeltaNet(RecurrentMixer):
             return {"S": self.first_state.to(device, dtype).expand(shape)}
         return {"S": torch.zeros(shape, dtype=dtype, device=device)}
 
+    def recurrence_flops_per_token(self) -> int:
+        """Per entry of S: n_h predictions and writes of 2 each, one reading of 2, one decay; permutations move only."""
+        per_entry = 4 * self.num_householder + 2 + (self.decay_gate is not None)
+        return per_entry * self.num_heads * self.key_dim * self.value_dim
+
     def _features(self, x: Tensor) -> Tensor:
         return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
 

@@ -63,6 +63,10 @@ class TimeVaryingDPLR(RecurrentMixer):
     def _first_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> State:
         return {"S": torch.zeros(batch, self.num_heads, self.key_dim, self.value_dim, dtype=dtype, device=device)}
 
+    def recurrence_flops_per_token(self) -> int:
+        """Per entry of S: b^T S, a w^T, k v^T and S^T q of 2 each, one decay."""
+        return 9 * self.num_heads * self.key_dim * self.value_dim
+
     def _features(self, x: Tensor) -> Tensor:
         return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
 
