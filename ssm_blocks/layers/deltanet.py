@@ -22,8 +22,9 @@ from ssm_blocks.mixer import State, register
 from ssm_blocks.ops import fla
 from ssm_blocks.ops.delta import chunk_delta_rule
 from ssm_blocks.ops.inverse import INVERSES
-from ssm_blocks.ops.permutation import out_of_frame, permuted_delta_rule, routed_delta_rule
+from ssm_blocks.ops.permutation import out_of_frame, permuted_delta_rule
 from ssm_blocks.ops.reference import delta_rule_reference
+from ssm_blocks.ops.routed import Routing, routed_delta_rule
 
 Core = tuple[Tensor, Tensor, Tensor, Tensor]  # q, k, v, beta
 ROUTED_KEYS = 32  # the gradient of the choice costs K x K x V per token
@@ -152,7 +153,7 @@ class DeltaNet(RecurrentMixer):
             return delta_rule_reference(*core, None, out_of_frame(index[:, 0], sign[:, 0], S))
         if learning:
             dictionary = self.dictionary.dense().to(S.dtype)
-            return routed_delta_rule(*core, weights, dictionary, index, sign, S, self.chunk)
+            return routed_delta_rule(*core, Routing(weights, dictionary, index, sign), S, self.chunk, self.inverse)
         if self._uses_fla(call, S):
             kernel = partial(fla.delta_rule, dtype=call.dtype)
         else:
