@@ -14,11 +14,9 @@ from ssm_blocks.tasks.task import Task
 
 WIDTH, HEADS = 64, 2
 LENGTH_OF = {4: 64, 16: 128, 32: 256}  # pairs: tokens
+DELTA = ("deltanet", "ssd_deltanet", "gated_ssd_deltanet", "neg_deltanet")
 MODELS: dict[str, dict[str, Any]] = {
-    "deltanet": {},
-    "ssd_deltanet": {},
-    "gated_ssd_deltanet": {},
-    "neg_deltanet": {},
+    **{name: {} for name in DELTA},
     "monarch": {"block_size": 4, "method": "doubling"},
     "diagonal": {"state_size": 64, "method": "doubling"},
     "diagonal_complex": {"state_size": 64, "method": "doubling"},
@@ -49,7 +47,8 @@ class MQAR(TokenExperiment):
         return Recall(config)
 
     def arms(self) -> list[Arm]:
-        return [_arm(pairs, name) for pairs in LENGTH_OF for name in (*MODELS, "lstm")]
+        every = (*MODELS, "lstm")
+        return [_arm(pairs, name) for pairs in LENGTH_OF for name in (every if pairs < 32 else DELTA)]
 
     def lengths_of(self, arm: Arm, settings: dict[str, Any]) -> list[int]:
         return [3 * arm.config["task"]] if settings["quick"] else arm.config["training"]["lengths"]

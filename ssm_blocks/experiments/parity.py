@@ -25,7 +25,7 @@ class Parity(TokenExperiment):
     question = (
         "Does the time-varying DPLR layer solve parity and carry it to T=256, and do the time-invariant ones tie?"
     )
-    training = Training(steps=1500, batch=256, lr=1e-2, lengths=(8, 16, 32), solved_loss=2e-4)
+    training = Training(steps=1500, batch=256, lr=1e-2, lengths=(8, 16, 32), solved_loss=2e-5)
     lengths = LENGTHS
     columns = accuracy_columns(LENGTHS, 32)
 

@@ -34,7 +34,7 @@ class S5(TokenExperiment):
     name = "s5"
     proposal = "006"
     question = "Does an input-dependent Monarch transition track S5, what of it is needed, and what does it cost?"
-    training = Training(steps=1500, batch=256, lr=5e-3, lengths=(5, 10, 20), solved_loss=5e-4)
+    training = Training(steps=1500, batch=256, lr=5e-3, lengths=(5, 10, 20), solved_loss=1e-4)
     lengths = LENGTHS
     columns = accuracy_columns(LENGTHS, 20)
 

@@ -56,8 +56,8 @@ class TokenExperiment(Experiment):
     def settings(self, quick: bool) -> dict[str, Any]:
         """Quick: a few steps on short sequences; it shows that everything runs, not that anything is learnt."""
         if quick:
-            short = Training(steps=4, batch=8, lengths=(8,), warmup=2, cooldown=1, check_every=2)
-            return _plain({"training": asdict(short), "lengths": (8, 16), "test_sequences": 16})
+            short = Training(steps=2, batch=4, lengths=(8,), warmup=1, cooldown=1, check_every=1)
+            return _plain({"training": asdict(short), "lengths": (8, 16), "test_sequences": 8})
         return _plain(
             {"training": asdict(self.training), "lengths": self.lengths, "test_sequences": self.test_sequences}
         )
@@ -96,7 +96,7 @@ class TokenExperiment(Experiment):
 def _time(model: SequenceModel, task: Task, shape: list[int], settings: dict[str, Any], device: torch.device) -> float:
     size, length = (8, 8) if settings["quick"] else shape
     batch = task.batch(0, 0, size=size, length=length, device=device)
-    return ms_per_step(model, batch, repeats=2 if settings["quick"] else 50)
+    return ms_per_step(model, batch, repeats=1 if settings["quick"] else 50)
 
 
 def _plain(value: Any) -> Any:
