@@ -90,7 +90,7 @@ def test_a_quick_run_end_to_end_and_nothing_left_to_do(tmp_path: Path, capsys) -
     assert row["command"] == (
         "python -m ssm_blocks.experiments d4 --quick --seeds 2 --device cpu --arms deltanet,cs_neg_deltanet"
     )
-    assert row["steps"] == 4
+    assert row["steps"] == 2
     assert set(row["by_length"]) == {"8", "16"}
     assert {"config", "settings", "hardware", "torch", "seconds", "parameters", "state_size"} <= set(row)
     before = (tmp_path / "d4.jsonl").read_text()
