@@ -89,8 +89,11 @@ class RecurrentMixer(Mixer):
         raise NotImplementedError
 
     def recurrence_flops_per_token(self) -> int:
-        """Forward FLOPs per token of the recurrence as `step` computes it; parallel forms may do more."""
-        raise NotImplementedError
+        """Forward FLOPs per token of the recurrence as `step` computes it; parallel forms may do more.
+
+        By default a write and a read of every number in the state.
+        """
+        return 6 * self.state_numel()
 
     # what they share ------------------------------------------------------------------------------------------------
 
