@@ -30,6 +30,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, help="seeds 0 to N - 1 (3; quick: 1)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--out", type=Path, default=Path("results/ssm"), help="directory of the rows (results/ssm)")
+    parser.add_argument(
+        "--data", default="", help="images of scifar: a directory of parquet files, or see tasks/cifar.py"
+    )
     parser.add_argument("--arms", default="", metavar="A,B", help="only these arms")
     parser.add_argument("--parallel", type=int, default=1, metavar="N", help="runs at once, each a process (1)")
     parser.add_argument("--list", action="store_true", help="show the arms and stop")
@@ -42,6 +45,8 @@ def _run(options: argparse.Namespace, command: str) -> int:
         catalogue.experiment(name)  # before anything slow
     if options.list:
         return _list(names)
+    if options.data:
+        os.environ["SSM_CIFAR10"] = options.data  # also for the processes that run at once
     seeds = (1 if options.quick else 3) if options.seeds is None else options.seeds
     if seeds < 1 or options.parallel < 1:
         raise ValueError("--seeds and --parallel are at least 1")
