@@ -6,7 +6,7 @@ import importlib
 
 from ssm_blocks.experiments.experiment import Experiment
 
-NAMES = ("d4", "mqar", "parity", "s5", "sinusoid", "delay", "scifar")
+NAMES = ("d4", "mqar", "parity", "s5", "sinusoid", "delay", "delta_speed", "scifar")
 """Each is a module of this package with an `EXPERIMENT`."""
 
 

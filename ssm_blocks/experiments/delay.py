@@ -70,12 +70,12 @@ class DelayExperiment(TokenExperiment):
 
     def judge(self, rows: list[Row]) -> list[Criterion]:
         accuracy = at_length(64, "token")
-        gains = _per_seed(rows, "hss", "dense", lambda hss, dense: accuracy(hss) - accuracy(dense))  # type: ignore[operator]
-        sizes = _per_seed(rows, "hss", "dense", lambda hss, dense: _memory(hss) / _memory(dense))
+        gains = per_seed(rows, "hss", "dense", lambda hss, dense: accuracy(hss) - accuracy(dense))  # type: ignore[operator]
+        sizes = per_seed(rows, "hss", "dense", lambda hss, dense: _memory(hss) / _memory(dense))
         speeds = [
             criterion(
                 f"dense time / HSS time at T={length}",
-                _per_seed(rows, f"dense_torch_{length}", f"hss_torch_{length}", lambda a, b: a["ms"] / b["ms"]),
+                per_seed(rows, f"dense_torch_{length}", f"hss_torch_{length}", lambda a, b: a["ms"] / b["ms"]),
                 above=1.0,
                 format=".2f",
             )
@@ -138,7 +138,7 @@ def _memory(row: Row) -> float:
     return row["state_size"] - 1
 
 
-def _per_seed(rows: list[Row], one: str, other: str, value: Callable[[Row, Row], float]) -> list[float]:
+def per_seed(rows: list[Row], one: str, other: str, value: Callable[[Row, Row], float]) -> list[float]:
     """A number per seed that both arms have."""
     others = {row["seed"]: row for row in rows_of(rows, other)}
     return [value(row, others[row["seed"]]) for row in rows_of(rows, one) if row["seed"] in others]
