@@ -93,8 +93,11 @@ def _arm(pairs: int, name: str) -> Arm:
     else:
         model = model_config(name, WIDTH, layers=2, num_heads=HEADS, **MODELS[name])
     length = LENGTH_OF[pairs]
+    weight = length / 64
     config = {"task": pairs, "model": model, "training": {"lengths": [length]}}
-    return Arm(name=f"{name}_{pairs}", group=f"{pairs} pairs in {length} tokens, two layers", config=config)
+    return Arm(
+        name=f"{name}_{pairs}", group=f"{pairs} pairs in {length} tokens, two layers", config=config, weight=weight
+    )
 
 
 EXPERIMENT = MQAR()
