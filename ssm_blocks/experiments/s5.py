@@ -18,8 +18,9 @@ WIDTH = 64
 ONE_HEAD = {"num_heads": 1, "conv_size": 0, "learned_state": True}
 SCANNED = {**ONE_HEAD, "method": "doubling"}  # fewer kernels than blelloch, which is what small models wait for
 DELTA = {"num_heads": 4, "key_dim": 16, "conv_size": 0, "learned_state": True}
-MUCH = {"lengths": [2, 4, 8, 20], "steps": 3000, "batch": 512, "lr": 1e-2}
-LONG = {"lengths": [2, 4, 8, 20, 64, 128], "steps": 4000, "batch": 128, "lr": 1e-2}
+MORE = {"steps": 2500}
+MUCH = {"lengths": [2, 4, 8, 20], "steps": 3000, "batch": 512}
+LONG = {"lengths": [2, 4, 8, 20, 64, 128], "steps": 4000, "batch": 128}
 
 EASY = "Transpositions (10 tokens), one layer"
 DEEP = "Transpositions, two layers"
@@ -35,7 +36,7 @@ class S5(TokenExperiment):
     name = "s5"
     proposal = "006"
     question = "Does an input-dependent Monarch transition track S5, what of it is needed, and what does it cost?"
-    training = Training(steps=1500, batch=256, lr=5e-3, lengths=(3, 5, 10, 20), solved_loss=1e-4)
+    training = Training(steps=1500, batch=256, lr=1e-2, lengths=(3, 5, 10, 20), solved_loss=1e-4)
     lengths = LENGTHS
     columns = accuracy_columns(LENGTHS, 20)
 
@@ -47,7 +48,12 @@ class S5(TokenExperiment):
         easy = [_arm(name, EASY, model) for name, model in models.items()]
         deep = [_arm(f"{name}_2layers", DEEP, {**models[name], "layers": 2}) for name in ("monarch", "diagonal")]
         small = [
-            _arm(f"{name}_9{label}", SMALL, model_config(mixer, WIDTH, block_size=3, **{**SCANNED, "num_heads": heads}))
+            _arm(
+                f"{name}_9{label}",
+                SMALL,
+                model_config(mixer, WIDTH, block_size=3, **{**SCANNED, "num_heads": heads}),
+                training=MORE,
+            )
             for heads, label in ((1, ""), (2, "_2heads"))
             for name, mixer in (("monarch", "monarch"), ("block_diagonal", BLOCK_DIAGONAL))
         ]

@@ -130,6 +130,22 @@ def test_a_failing_run_is_reported_and_the_others_go_on(tmp_path: Path, monkeypa
     assert [row["seed"] for row in Store(tmp_path / "d4.jsonl").rows()] == [1]
 
 
+def test_long_runs_start_first_and_timings_come_last(tmp_path: Path, monkeypatch) -> None:
+    started = []
+
+    def note(job: runner.Job) -> Row:
+        started.append(job.arm.name)
+        return {**ROW, "seconds": 0.0}
+
+    monkeypatch.setattr(runner, "run_job", note)
+    arms = {"time_monarch", "monarch", "monarch_120_long", "monarch_120"}
+    jobs, _ = runner.plan(
+        ["s5"], seeds=1, quick=True, device="cpu", out=tmp_path, command="", parallel=1, arms=arms
+    )  # fmt: skip
+    assert runner.run_all(jobs, 1, tmp_path, lambda line: None) == 0
+    assert started == ["monarch_120_long", "monarch_120", "monarch", "time_monarch"]
+
+
 # the store -----------------------------------------------------------------------------------------------------------
 
 
