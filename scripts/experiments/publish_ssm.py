@@ -151,8 +151,10 @@ def draw(experiment: Experiment, rows: list[Row], order: dict[str, str], figures
 
 
 def _curve(experiment: Experiment, row: Row) -> dict[int, float]:
+    """Length to value; empty where there is but one point, which is no curve."""
     by_length = row.get("by_length", {})
-    return {int(length): at[experiment.curve] for length, at in by_length.items() if experiment.curve in at}
+    points = {int(length): at[experiment.curve] for length, at in by_length.items() if experiment.curve in at}
+    return points if len(points) > 1 else {}
 
 
 def _draw_arm(axes: Any, arm: str, curves: list[dict[int, float]]) -> None:

@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace, command: str) -> int:
-    names = list(catalogue.NAMES) if "all" in options.names else list(dict.fromkeys(options.names))
+    names: list[str] = list(catalogue.NAMES) if "all" in options.names else list(dict.fromkeys(options.names))
     for name in names:
         catalogue.experiment(name)  # before anything slow
     if options.list:

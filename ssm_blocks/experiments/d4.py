@@ -67,7 +67,7 @@ class D4(TokenExperiment):
 def _delta(name: str, mixer: str, group: str, key_dim: int, **more: Any) -> Arm:
     """The dictionary, where there is one, has 8 entries: as many as the group."""
     config = {**_config(mixer, num_heads=HEADS, key_dim=key_dim, conv_size=0, learned_state=True), **more}
-    return Arm(name=name, group=group, config=config)
+    return Arm(name=name, group=group, config=config, weight=3 if group == LONG else 1)
 
 
 def _config(mixer: str, **options: Any) -> dict[str, Any]:

@@ -18,13 +18,15 @@ Row = dict[str, Any]
 class Arm:
     """One thing that is compared. config: everything it is made of, plain JSON values.
 
-    group: title of the table it stands in. exclusive: measures time, so it runs alone, after all others.
+    group: title of the table it stands in. exclusive: measures time, so it runs alone, after all others. weight: how
+    long it takes, roughly and relative to others; the long ones start first.
     """
 
     name: str
     config: dict[str, Any] = field(default_factory=dict)
     group: str = ""
     exclusive: bool = False
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,9 +39,9 @@ class SequenceModel(nn.Module):
         self.mixers = nn.ModuleList([build(mixer, width, **(options or {})) for _ in range(layers)])
         self.head = nn.Linear(width, num_classes)
         nn.init.normal_(self.embedding.weight)
-        for mixer in self.mixers:
-            if isinstance(getattr(mixer, "first_state", None), nn.Parameter):
-                nn.init.normal_(mixer.first_state)  # a state of zeros gives transitions nothing to act on at first
+        for name, parameter in self.named_parameters():
+            if name.endswith(".first_state"):
+                nn.init.normal_(parameter)  # a state of zeros gives transitions nothing to act on at first
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens)

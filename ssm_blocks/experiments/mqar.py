@@ -15,9 +15,10 @@ from ssm_blocks.tasks.task import Task
 WIDTH, HEADS = 64, 2
 LENGTH_OF = {4: 64, 16: 128, 32: 256}  # pairs: tokens
 DELTA = ("deltanet", "ssd_deltanet", "gated_ssd_deltanet", "neg_deltanet")
+BASELINES = ("diagonal", "diagonal_complex", "lstm")
 MODELS: dict[str, dict[str, Any]] = {
     **{name: {} for name in DELTA},
-    "monarch": {"block_size": 4, "method": "doubling"},
+    "monarch": {"block_size": 8},
     "diagonal": {"state_size": 64, "method": "doubling"},
     "diagonal_complex": {"state_size": 64, "method": "doubling"},
 }
@@ -47,8 +48,8 @@ class MQAR(TokenExperiment):
         return Recall(config)
 
     def arms(self) -> list[Arm]:
-        every = (*MODELS, "lstm")
-        return [_arm(pairs, name) for pairs in LENGTH_OF for name in (every if pairs < 32 else DELTA)]
+        names = {4: (*DELTA, "monarch", *BASELINES), 16: (*DELTA, *BASELINES), 32: DELTA}
+        return [_arm(pairs, name) for pairs in LENGTH_OF for name in names[pairs]]
 
     def lengths_of(self, arm: Arm, settings: dict[str, Any]) -> list[int]:
         return [3 * arm.config["task"]] if settings["quick"] else arm.config["training"]["lengths"]
@@ -93,8 +94,11 @@ def _arm(pairs: int, name: str) -> Arm:
     else:
         model = model_config(name, WIDTH, layers=2, num_heads=HEADS, **MODELS[name])
     length = LENGTH_OF[pairs]
+    weight = 4 if name == "monarch" else length / 64
     config = {"task": pairs, "model": model, "training": {"lengths": [length]}}
-    return Arm(name=f"{name}_{pairs}", group=f"{pairs} pairs in {length} tokens, two layers", config=config)
+    return Arm(
+        name=f"{name}_{pairs}", group=f"{pairs} pairs in {length} tokens, two layers", config=config, weight=weight
+    )
 
 
 EXPERIMENT = MQAR()

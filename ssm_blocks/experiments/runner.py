@@ -103,7 +103,7 @@ def run_job(job: Job) -> Row:
 
 def run_all(jobs: list[Job], parallel: int, out: Path, report: Callable[[str], None]) -> int:
     """Run the jobs, store each row as it comes, and return how many failed. Those that measure time run last, alone."""
-    together = [job for job in jobs if not job.arm.exclusive]
+    together = sorted((job for job in jobs if not job.arm.exclusive), key=lambda job: -job.arm.weight)
     alone = [job for job in jobs if job.arm.exclusive]
     failed = 0
     for number, (job, row) in enumerate(_finished(together, alone, parallel), 1):

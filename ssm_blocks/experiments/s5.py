@@ -18,7 +18,9 @@ WIDTH = 64
 ONE_HEAD = {"num_heads": 1, "conv_size": 0, "learned_state": True}
 SCANNED = {**ONE_HEAD, "method": "doubling"}  # fewer kernels than blelloch, which is what small models wait for
 DELTA = {"num_heads": 4, "key_dim": 16, "conv_size": 0, "learned_state": True}
-LONG = {"lengths": [5, 10, 20, 64, 128], "steps": 2500}
+MORE = {"steps": 2500}
+MUCH = {"lengths": [2, 4, 8, 20], "steps": 3000, "batch": 512}
+LONG = {"lengths": [2, 4, 8, 20, 64, 128], "steps": 4000, "batch": 128}
 
 EASY = "Transpositions (10 tokens), one layer"
 DEEP = "Transpositions, two layers"
@@ -34,7 +36,7 @@ class S5(TokenExperiment):
     name = "s5"
     proposal = "006"
     question = "Does an input-dependent Monarch transition track S5, what of it is needed, and what does it cost?"
-    training = Training(steps=1500, batch=256, lr=5e-3, lengths=(5, 10, 20), solved_loss=1e-4)
+    training = Training(steps=1500, batch=256, lr=1e-2, lengths=(3, 5, 10, 20), solved_loss=1e-4)
     lengths = LENGTHS
     columns = accuracy_columns(LENGTHS, 20)
 
@@ -42,16 +44,21 @@ class S5(TokenExperiment):
         return group_task(config)
 
     def arms(self) -> list[Arm]:
-        easy, models = [], _models()
-        for name, model in models.items():
-            easy.append(_arm(name, EASY, model))
+        models = _models()
+        easy = [_arm(name, EASY, model) for name, model in models.items()]
         deep = [_arm(f"{name}_2layers", DEEP, {**models[name], "layers": 2}) for name in ("monarch", "diagonal")]
         small = [
-            _arm("monarch_9", SMALL, model_config("monarch", WIDTH, block_size=3, **SCANNED)),
-            _arm("block_diagonal_9", SMALL, model_config(BLOCK_DIAGONAL, WIDTH, block_size=3, **SCANNED)),
+            _arm(
+                f"{name}_9{label}",
+                SMALL,
+                model_config(mixer, WIDTH, block_size=3, **{**SCANNED, "num_heads": heads}),
+                training=MORE,
+            )
+            for heads, label in ((1, ""), (2, "_2heads"))
+            for name, mixer in (("monarch", "monarch"), ("block_diagonal", BLOCK_DIAGONAL))
         ]
         hard_models = _hard_models()
-        hard = [_arm(f"{name}_120", HARD, model, task="s5") for name, model in hard_models.items()]
+        hard = [_arm(f"{name}_120", HARD, model, task="s5", training=MUCH) for name, model in hard_models.items()]
         long = [
             _arm(f"{name}_120_long", HARD_LONG, hard_models[name], task="s5", training=LONG)
             for name in ("monarch", "deltaproduct4", "lstm")
@@ -106,10 +113,10 @@ def _models() -> dict[str, dict[str, Any]]:
 
 
 def _hard_models() -> dict[str, dict[str, Any]]:
-    """An element of S5 is a product of up to 4 reflections."""
+    """An element of S5 is a product of up to 4 reflections; several heads, because few of them find the group."""
     models = _models()
     return {
-        "monarch": model_config("monarch", WIDTH, block_size=4, num_householder=4, **SCANNED),
+        "monarch": model_config("monarch", WIDTH, block_size=4, num_householder=4, **{**ONE_HEAD, "num_heads": 4}),
         "monarch_signed_cayley": models["monarch_signed_cayley"],
         "diagonal": models["diagonal"],
         "neg_deltanet": models["neg_deltanet"],
@@ -127,7 +134,9 @@ def _arm(
     exclusive: bool = False,
     **more: Any,
 ) -> Arm:
-    return Arm(name=name, group=group, exclusive=exclusive, config={"task": task, "model": model, **more})
+    weight = {HARD: 2, HARD_LONG: 5}.get(group, 1)
+    config = {"task": task, "model": model, **more}
+    return Arm(name=name, group=group, exclusive=exclusive, weight=weight, config=config)
 
 
 def _ratios(rows: list[Row]) -> list[float]:

@@ -10,6 +10,7 @@ import torch
 
 from ssm_blocks.experiments import catalogue, runner
 from ssm_blocks.experiments.__main__ import main
+from ssm_blocks.experiments.ablations import BLOCK_DIAGONAL, FIRST_DESIGN
 from ssm_blocks.experiments.experiment import Row, criterion, settings_hash, spread
 from ssm_blocks.experiments.models import LSTM, SequenceModel
 from ssm_blocks.experiments.store import Store
@@ -127,6 +128,22 @@ def test_a_failing_run_is_reported_and_the_others_go_on(tmp_path: Path, monkeypa
     assert run("d4", "--arms", "deltanet", "--seeds", 2, "--device", "cpu", "--out", tmp_path) == 1
     assert "deltanet seed 0 FAILED: RuntimeError: out of memory" in capsys.readouterr().out
     assert [row["seed"] for row in Store(tmp_path / "d4.jsonl").rows()] == [1]
+
+
+def test_long_runs_start_first_and_timings_come_last(tmp_path: Path, monkeypatch) -> None:
+    started = []
+
+    def note(job: runner.Job) -> Row:
+        started.append(job.arm.name)
+        return {**ROW, "seconds": 0.0}
+
+    monkeypatch.setattr(runner, "run_job", note)
+    arms = {"time_monarch", "monarch", "monarch_120_long", "monarch_120"}
+    jobs, _ = runner.plan(
+        ["s5"], seeds=1, quick=True, device="cpu", out=tmp_path, command="", parallel=1, arms=arms
+    )  # fmt: skip
+    assert runner.run_all(jobs, 1, tmp_path, lambda line: None) == 0
+    assert started == ["monarch_120_long", "monarch_120", "monarch", "time_monarch"]
 
 
 # the store -----------------------------------------------------------------------------------------------------------
@@ -296,3 +313,48 @@ def test_without_rows_there_is_no_page(tmp_path: Path, capsys) -> None:
     assert publish().main(["--docs", str(tmp_path)]) == 1
     assert "no rows" in capsys.readouterr().err
     assert not (tmp_path / "RESULTS_SSM.md").exists()
+
+
+# the ablations -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", [FIRST_DESIGN, BLOCK_DIAGONAL])
+def test_the_three_forms_of_the_ablations_agree(path: str) -> None:
+    torch.manual_seed(0)
+    mixer = build(path, 8, num_heads=2, block_size=3).double()
+    x = torch.randn(2, 13, 8, dtype=torch.float64)
+    y, last = mixer(x, return_state=True)
+    mixer.backend = "reference"
+    reference, reference_last = mixer(x, return_state=True)
+    torch.testing.assert_close(y, reference)
+    torch.testing.assert_close(last, reference_last)
+    state = mixer.init_state(2, dtype=torch.float64)
+    for t in range(13):
+        out, state = mixer.step(x[:, t], state)
+        torch.testing.assert_close(out, y[:, t])
+
+
+def test_unmixed_blocks_never_meet() -> None:
+    """What is written into one block stays there: the state outside it does not change."""
+    torch.manual_seed(0)
+    mixer = build(BLOCK_DIAGONAL, 4, num_heads=1, block_size=2, conv_size=0).double()
+    torch.nn.init.zeros_(mixer.B)
+    first = torch.tensor([[[1.0, 2, 0, 0]]], dtype=torch.float64)
+    for name, stays in ((BLOCK_DIAGONAL, True), ("monarch", False)):
+        other = build(name, 4, num_heads=1, block_size=2, conv_size=0).double()
+        other.load_state_dict(mixer.state_dict())
+        state = {**other.init_state(1, dtype=torch.float64), "h": first}
+        _, state = other(torch.randn(1, 9, 4, dtype=torch.float64), state, return_state=True)
+        assert (state["h"][..., 2:].abs().max().item() == 0) == stays
+
+
+def test_the_first_design_forgets_or_ignores_its_input() -> None:
+    """Gates of .9 leave .9^40 after 20 steps; gates of 1 make the step the same for every input."""
+    torch.manual_seed(0)
+    mixer = build(FIRST_DESIGN, 4, num_heads=1, block_size=2, conv_size=0).double()
+    torch.nn.init.zeros_(mixer.B)
+    torch.nn.init.zeros_(mixer.gates.weight)
+    torch.nn.init.constant_(mixer.gates.bias, torch.logit(torch.tensor(0.9)).item())
+    state = mixer.init_state(1, dtype=torch.float64)
+    _, last = mixer(torch.randn(1, 20, 4, dtype=torch.float64), state, return_state=True)
+    assert last["h"].norm().item() == pytest.approx(0.9**40 * state["h"].norm().item(), rel=1e-5)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ssm_blocks.tasks.groups import WordProblem, closure, compose, group_task
+from ssm_blocks.tasks.recall import Recall
 from ssm_blocks.tasks.scoring import accuracy_by_length, scores
 from ssm_blocks.tasks.task import IGNORED, half_of
 
@@ -121,3 +122,52 @@ def test_accuracy_by_length_of_a_model_that_knows_and_one_that_does_not() -> Non
     guess = accuracy_by_length(lambda t: oracle(0 * t), task, (20,), count=4000, seed=0, device="cpu")["20"]
     assert abs(guess["final"] - 1 / 8) < 0.03
     assert guess["sequence"] == 0
+
+
+# recall --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("pairs", "length"), [(4, 12), (4, 64), (32, 256)])
+def test_recall_asks_every_key_once_and_wants_its_value(pairs: int, length: int) -> None:
+    task = Recall(pairs)
+    tokens, targets = task.batch(0, 3, size=6, length=length)
+    assert tokens.shape == targets.shape == (6, length)
+    for row, answers in zip(tokens.tolist(), targets.tolist(), strict=True):
+        value_of = {row[i]: row[i + 1] - task.keys for i in range(0, 2 * pairs, 2)}
+        assert len(value_of) == pairs, "keys do not repeat"
+        asked = [(token, answer) for token, answer in zip(row, answers, strict=True) if answer != IGNORED]
+        assert dict(asked) == value_of
+        assert len(asked) == pairs
+        rest = [t for t, a in zip(row[2 * pairs :], answers[2 * pairs :], strict=True) if a == IGNORED]
+        assert set(rest) <= {task.filler}
+        assert all(a == IGNORED for a in answers[: 2 * pairs])
+
+
+def test_recall_is_reproducible_and_its_halves_are_disjoint() -> None:
+    task = Recall(1, keys=4, values=4)
+    halves = {}
+    for split in ("train", "test"):
+        halves[split] = {tuple(row) for step in range(30) for row in _recalled(task, step, split)}
+    assert not halves["train"] & halves["test"]
+    assert len(halves["train"] | halves["test"]) == 4 * 4 * 5  # key, value, one of five places to ask
+    assert _recalled(task, 1, "train") == _recalled(task, 1, "train") != _recalled(task, 2, "train")
+
+
+def _recalled(task: Recall, step: int, split: str) -> list[list[int]]:
+    return task.batch(0, step, size=32, length=7, split=split)[0].tolist()
+
+
+def test_recall_by_guessing_is_chance() -> None:
+    task = Recall(4, values=8)
+    _, targets = task.batch(0, 0, size=4000, length=16)
+    share = (targets[targets != IGNORED] == 3).double().mean()
+    assert task.chance(16) == 1 / 8
+    assert abs(share - 1 / 8) < 0.02
+
+
+@pytest.mark.parametrize("options", [{"pairs": 0}, {"pairs": 65}, {"pairs": 2, "values": 1}])
+def test_impossible_recall_is_refused(options: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="recall needs"):
+        Recall(**options)
+    with pytest.raises(ValueError, match="need a length of at least 12"):
+        Recall(4).batch(0, 0, size=2, length=11)
