@@ -29,6 +29,7 @@ from svdtrain.hooks.sample import SampleText
 from svdtrain.hooks.sinks import JsonlSink
 from svdtrain.hooks.train_log import TrainLog
 from svdtrain.hooks.wandb_sink import WandbSink
+from svdtrain.interrupts import leave_lost_rank
 from svdtrain.model import GPT, GPTConfig, hardware_dtype
 from svdtrain.model.attention import CausalSelfAttention, MixerFactory
 from svdtrain.optim.muon_adamw import MuonAdamW
@@ -91,7 +92,8 @@ def build_trainer(
     `wrap_stream` puts a training stream of your own in place of the plain one; it must have what ReplayStream uses.
     Raises ValueError where the configuration cannot work.
     """
-    world = init_world(device_kind(config.train.device).type)  # before any device is touched: not all on the first
+    kind = device_kind(config.train.device).type  # without touching a device: not all ranks on the first one
+    world = init_world(kind, on_loss=leave_lost_rank)
     device = resolve_device(config.train.device, world.local_rank)
     _set_arithmetic(device)
     data = _prepare_data(config, world, console)

@@ -125,8 +125,7 @@ class CheckpointStore:
         self.at_stage("manifest")
         files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(temporary.iterdir())}
         manifest = {"format": FORMAT_VERSION, "step": step, "world_size": self.world_size, "files": files}
-        manifest["manifest_sha256"] = _manifest_digest(manifest)
-        atomic_write_text(temporary / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+        atomic_write_text(temporary / "manifest.json", _manifest_text(manifest))
         self.at_stage("aside")
         if final.exists():
             shutil.rmtree(_aside(final), ignore_errors=True)
@@ -238,13 +237,13 @@ def _error_of(work: Callable[[], None]) -> OSError | None:
 
 
 def _read_manifest(directory: Path) -> dict[str, Any] | None:
-    """None if it is missing or damaged: it holds the sha256 of its own contents."""
-    path = directory / "manifest.json"
+    """None if it is missing or damaged: it holds the sha256 of its own contents, and nothing else is in the file."""
     try:
-        manifest = json.loads(path.read_text())
-        claimed = manifest.pop("manifest_sha256")
-        whole = claimed == _manifest_digest(manifest)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        text = (directory / "manifest.json").read_text()
+        manifest = json.loads(text)
+        del manifest["manifest_sha256"]
+        whole = text == _manifest_text(manifest)
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     if whole and manifest["format"] > FORMAT_VERSION:
         raise CheckpointError(
@@ -254,8 +253,9 @@ def _read_manifest(directory: Path) -> dict[str, Any] | None:
     return manifest if whole else None
 
 
-def _manifest_digest(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+def _manifest_text(manifest: dict[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**manifest, "manifest_sha256": digest}, indent=2) + "\n"
 
 
 def _write_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
