@@ -241,21 +241,23 @@ def _read_manifest(directory: Path) -> dict[str, Any] | None:
     try:
         text = (directory / "manifest.json").read_text()
         manifest = json.loads(text)
-        del manifest["manifest_sha256"]
-        whole = text == _manifest_text(manifest)
-    except (OSError, ValueError, KeyError, TypeError):
+        claimed = manifest.pop("manifest_sha256")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    if whole and manifest["format"] > FORMAT_VERSION:
+    if claimed == _manifest_digest(manifest) and manifest["format"] > FORMAT_VERSION:
         raise CheckpointError(
             f"{directory} was written by a newer version (format {manifest['format']}, known {FORMAT_VERSION}); "
             "update svdtrain"
         )
-    return manifest if whole else None
+    return manifest if text == _manifest_text(manifest) else None
 
 
 def _manifest_text(manifest: dict[str, Any]) -> str:
-    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-    return json.dumps({**manifest, "manifest_sha256": digest}, indent=2) + "\n"
+    return json.dumps({**manifest, "manifest_sha256": _manifest_digest(manifest)}, indent=2) + "\n"
+
+
+def _manifest_digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _write_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
