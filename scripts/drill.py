@@ -279,17 +279,19 @@ def put_table(path: Path, table: str) -> None:
 def run_drills(options: argparse.Namespace, directory: Path, say: Callable[[str], None]) -> list[Row]:
     runs = Runs(directory, options.seed)
     say(f"one undisturbed run: {NUM_STEPS} steps, a save every {SAVE_EVERY}, {runs.run_seconds:.1f} s")
-    drills: list[Callable[[], Row | None]] = [
-        lambda: random_kills(runs, options.kills),
-        lambda: random_signals(runs, max(3, options.kills // 4)),
-        lambda: damage(runs, options.flips),
-        lambda: nothing_whole(runs),
-        lambda: file_limit(runs),
-        lambda: full_disk(runs, max(3, options.kills // 10)),
-        lambda: lost_ranks(runs),
-    ]
+    drills: dict[str, Callable[[], Row | None]] = {
+        "kills": lambda: random_kills(runs, options.kills),
+        "signals": lambda: random_signals(runs, max(3, options.kills // 4)),
+        "damage": lambda: damage(runs, options.flips),
+        "nothing": lambda: nothing_whole(runs),
+        "limit": lambda: file_limit(runs),
+        "disk": lambda: full_disk(runs, max(3, options.kills // 10)),
+        "ranks": lambda: lost_ranks(runs),
+    }
     rows = []
-    for drill in drills:
+    for name, drill in drills.items():
+        if options.only and name not in options.only:
+            continue
         started = time.monotonic()
         row = drill()
         if row is not None:
@@ -303,6 +305,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20, help="kills at random moments; a quarter as many signals")
     parser.add_argument("--flips", type=int, default=20, help="flipped bits per file of a checkpoint")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", help="kills signals damage nothing limit disk ranks")
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--docs", type=Path, help="put the table between the marks of this document")
     parser.add_argument("--rows-from", type=Path, help="no drill: the rows of an earlier --json, for --docs")

@@ -87,6 +87,9 @@ class Runs:
     def path(self, name: str) -> Path:
         return self.directory / name
 
+    def _log(self, name: str) -> Path:
+        return self.directory / f"{name.replace('/', '-')}.log"
+
     # --- starting and disturbing ---
 
     def start(self, name: str, fault: Fault = no_fault, **rank: str) -> int:
@@ -124,7 +127,7 @@ class Runs:
         return STAGES[self._stage[0] - 1] if self._stage[0] else ""
 
     def _child(self, name: str, fault: Fault) -> int:
-        log = os.open(self.directory / f"{name.replace('/', '-')}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        log = os.open(self._log(name), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 2)
         warnings.simplefilter("ignore")
         distributed.COLLECTIVE_TIMEOUT_S = 60.0
@@ -136,10 +139,12 @@ class Runs:
                 trainer.fit(resume=True)
             distributed.close_world(trainer.state.world)
         except CheckpointError as error:
+            print(error, file=sys.stderr)
             return CANNOT_SAVE if "cannot save" in str(error) else NOTHING_WHOLE
         except RankLostError:
             return 3
-        except OSError:
+        except OSError as error:
+            print(error, file=sys.stderr)
             return DISK_FULL
         except BaseException:
             traceback.print_exc()
@@ -179,11 +184,17 @@ class Runs:
                 newest = -2
         # A line that was cut by a kill is ended by the next process, and read as the torn line that it is.
         restarts = sum(r["kind"] in ("start", "resume") for r in read_records(path / "metrics.jsonl"))
-        return Verdict(unreadable=int(newest < promised or len(torn) > restarts))
+        if newest >= promised and len(torn) <= restarts:
+            return Verdict()
+        print(f"{name}: newest {newest}, promised {promised}, torn {torn}, {restarts} starts", file=sys.stderr)
+        return Verdict(unreadable=1)
 
     def judge(self, name: str, *, tolerance: float = 0.0) -> Verdict:
         """Let the run finish undisturbed and compare every step and the final weights with the straight one."""
-        if self.attempt(name) != 0:
+        code = self.attempt(name)
+        if code != 0:
+            said = self._log(name).read_text()[-2000:]
+            print(f"{name}: exit code {code} without a fault\n{said}", file=sys.stderr)
             return Verdict(unreadable=1)
         counted = [r["step"] for r in surviving_records(self.path(name) / "metrics.jsonl") if r["kind"] == "train"]
         computed = self.train_records(name)  # also what was computed again after a resume

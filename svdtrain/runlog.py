@@ -88,11 +88,15 @@ def surviving_records(path: Path) -> Iterator[Record]:
 def atomic_write_text(path: Path, text: str) -> None:
     """Write a file so that a reader, or a crash, sees either the old content or the new one."""
     temporary = path.with_name(f".{path.name}.tmp.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     fsync_directory(path.parent)
 
 

@@ -93,6 +93,7 @@ class CheckpointStore:
                 raise CheckpointError(
                     f"cannot save checkpoint {final}: {what}; free space or choose another --run-dir"
                 ) from error
+        self.at_stage("prune")
         self._on_main(self._prune)
         return final
 
@@ -107,6 +108,8 @@ class CheckpointStore:
         for aside in self.path.glob("step_*.old"):  # a kill left only the older copy: it takes its place again
             if not aside.with_suffix("").exists():
                 os.replace(aside, aside.with_suffix(""))
+        if len(self.steps()) > self.keep:  # a full disk kept the last save from doing it, and may still be full
+            self._prune()
         temporary.mkdir(parents=True)
 
     def _write_files(self, directory: Path, checkpoint: Checkpoint) -> None:
@@ -143,7 +146,6 @@ class CheckpointStore:
 
     def _prune(self) -> None:
         """Remove what is older than the newest `keep` that verify; damaged ones do not count as kept."""
-        self.at_stage("prune")
         num_whole = 0
         for step in reversed(self.steps()):
             directory = self.directory(step)
