@@ -18,7 +18,7 @@ from svdtrain.launch.snapshot import take_snapshot
 from tests.main_job import records, tiny_settings, write_corpus
 from tests.slurm.local_cluster import LocalCluster, why_not
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.skipif(bool(why_not()), reason=why_not() or "-")]
+pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(why_not()), reason=why_not() or "-")]
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 60
 SLOW_STEPS = """
