@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ from svdtrain.hooks.sample import SampleText
 from svdtrain.hooks.sinks import JsonlSink
 from svdtrain.hooks.train_log import TrainLog
 from svdtrain.hooks.wandb_sink import WandbSink
+from svdtrain.interrupts import leave_lost_rank
 from svdtrain.model import GPT, GPTConfig, hardware_dtype
 from svdtrain.model.attention import CausalSelfAttention, MixerFactory
 from svdtrain.optim.muon_adamw import MuonAdamW
@@ -48,8 +50,8 @@ PEAK_BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e1
 """Dense bf16 peak of a device whose name contains the key (vendors' datasheets)."""
 
 
-def resolve_device(name: str, local_rank: int = 0) -> torch.device:
-    """Device of this process. Raises ValueError if it is not there."""
+def device_kind(name: str) -> torch.device:
+    """The device that a setting names, without touching it. Raises ValueError if this machine has none of its kind."""
     mps = getattr(torch.backends, "mps", None)
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": mps is not None and mps.is_available()}
     if name == "auto":
@@ -61,10 +63,18 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
     if not available.get(device.type, False):
         there = [kind for kind, is_there in available.items() if is_there]
         raise ValueError(f"--device {name}: no such device here; available: {', '.join(there)}")
+    return device
+
+
+def resolve_device(name: str, local_rank: int = 0) -> torch.device:
+    """Device of this process, made the current one. Raises ValueError if it is not there."""
+    device = device_kind(name)
     if device.type == "cuda":
-        index = local_rank if device.index is None else device.index
-        if index >= torch.cuda.device_count():
-            raise ValueError(f"--device {name}: only {torch.cuda.device_count()} CUDA device(s) here")
+        index, count = local_rank if device.index is None else device.index, torch.cuda.device_count()
+        if device.index is None and count == 1 and "SLURM_LOCALID" in os.environ:
+            index = 0  # Slurm showed this task its own GPU only (--gpus-per-task, --gpu-bind)
+        if index >= count:
+            raise ValueError(f"--device {name}: process {index} of this node, but only {count} CUDA device(s) here")
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     return device
@@ -83,8 +93,8 @@ def build_trainer(
     `wrap_stream` puts a training stream of your own in place of the plain one; it must have what ReplayStream uses.
     Raises ValueError where the configuration cannot work.
     """
-    kind = resolve_device(config.train.device).type
-    world = init_world(kind)
+    kind = device_kind(config.train.device).type  # without touching a device: not all ranks on the first one
+    world = init_world(kind, on_loss=leave_lost_rank)
     device = resolve_device(config.train.device, world.local_rank)
     _set_arithmetic(device)
     data = _prepare_data(config, world, console)

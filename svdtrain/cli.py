@@ -277,7 +277,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         console.print("interrupted before training started; nothing is lost", style="yellow")
         return INTERRUPTED
-    except (ValueError, FileNotFoundError, PermissionError) as error:
+    except OSError as error:  # a directory that cannot be written, a full disk
+        said = f"{error.strerror}: {error.filename}" if error.filename else error.strerror or str(error)
+        print(f"svdtrain: error: {' '.join(said.split())}", file=sys.stderr)
+        return 2
+    except ValueError as error:
         print(f"svdtrain: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 

@@ -26,7 +26,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 Record = dict[str, Any]
 
@@ -88,11 +88,15 @@ def surviving_records(path: Path) -> Iterator[Record]:
 def atomic_write_text(path: Path, text: str) -> None:
     """Write a file so that a reader, or a crash, sees either the old content or the new one."""
     temporary = path.with_name(f".{path.name}.tmp.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     fsync_directory(path.parent)
 
 
@@ -120,7 +124,7 @@ class RunDirectory:
         self.path = path
         self.writable = writable
         self.restart = 0
-        self._file: IO[str] | None = None
+        self._file: BinaryIO | None = None
         if writable:
             path.mkdir(parents=True, exist_ok=True)
 
@@ -154,17 +158,37 @@ class RunDirectory:
         if self.metrics_path.exists():
             starts = sum(record["kind"] in ("start", "resume") for record in read_records(self.metrics_path))
             self.restart = starts
-        self._file = open(self.metrics_path, "a", encoding="utf-8")  # noqa: SIM115 - stays open for the whole run
+        # Unbuffered: a record is with the system once it is written, and a full disk leaves nothing to write later.
+        self._file = open(self.metrics_path, "ab", buffering=0)  # type: ignore[assignment]  # noqa: SIM115
         if self._file.tell() > 0 and _last_byte(self.metrics_path) != b"\n":
-            self._file.write("\n")
+            self._write(b"\n")
 
     def append(self, kind: str, step: int, fields: Record | None = None) -> None:
-        """Write one record and flush it, so that a kill loses nothing and a monitor sees it at once."""
+        """Write one record, so that a kill loses nothing and a monitor sees it at once.
+
+        Raises OSError where it cannot be written (disk full); further records are then dropped.
+        """
         if self._file is None:
             return
         record = {"kind": kind, "step": step, "time": round(time.time(), 3), "restart": self.restart, **(fields or {})}
-        self._file.write(encode_record(record) + "\n")
-        self._file.flush()
+        self._write(encode_record(record).encode() + b"\n")
+
+    def sync(self) -> None:
+        """Make the records durable: those of the steps in a checkpoint must not be lost with the power."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def _write(self, data: bytes) -> None:
+        assert self._file is not None
+        try:
+            while data:
+                data = data[self._file.write(data) :]
+        except OSError as error:
+            self.close()
+            raise OSError(
+                error.errno,
+                f"cannot write {self.metrics_path} ({error.strerror}); free space and go on with --resume auto",
+            ) from error
 
     def close(self) -> None:
         """Close the metrics file; further records are dropped."""

@@ -1,7 +1,9 @@
 """The run directory: records survive kills and odd values."""
 
 import math
+from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -72,3 +74,15 @@ def test_only_the_newest_of_repeated_steps_survives(tmp_path) -> None:
     path.write_text("\n".join(lines) + "\n")
     kept = [(r["step"], r["restart"]) for r in surviving_records(path) if r["kind"] == "train"]
     assert kept == [(1, 0), (2, 2)]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_is_said_once_and_later_records_are_dropped(tmp_path) -> None:
+    run = RunDirectory(tmp_path)
+    run.open_metrics()
+    run.close()
+    run._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115 - not opened by its name, for it reads for ever
+    with pytest.raises(OSError, match=r"cannot write .*metrics\.jsonl \(No space left on device\); free space"):
+        run.append("train", 1, {"train/loss": 1.0})
+    run.append("end", 1)
+    run.close()

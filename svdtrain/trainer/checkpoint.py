@@ -93,6 +93,7 @@ class CheckpointStore:
                 raise CheckpointError(
                     f"cannot save checkpoint {final}: {what}; free space or choose another --run-dir"
                 ) from error
+        self.at_stage("prune")
         self._on_main(self._prune)
         return final
 
@@ -107,6 +108,8 @@ class CheckpointStore:
         for aside in self.path.glob("step_*.old"):  # a kill left only the older copy: it takes its place again
             if not aside.with_suffix("").exists():
                 os.replace(aside, aside.with_suffix(""))
+        if len(self.steps()) > self.keep:  # a full disk kept the last save from doing it, and may still be full
+            self._prune()
         temporary.mkdir(parents=True)
 
     def _write_files(self, directory: Path, checkpoint: Checkpoint) -> None:
@@ -125,8 +128,7 @@ class CheckpointStore:
         self.at_stage("manifest")
         files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(temporary.iterdir())}
         manifest = {"format": FORMAT_VERSION, "step": step, "world_size": self.world_size, "files": files}
-        manifest["manifest_sha256"] = _manifest_digest(manifest)
-        atomic_write_text(temporary / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+        atomic_write_text(temporary / "manifest.json", _manifest_text(manifest))
         self.at_stage("aside")
         if final.exists():
             shutil.rmtree(_aside(final), ignore_errors=True)
@@ -144,7 +146,6 @@ class CheckpointStore:
 
     def _prune(self) -> None:
         """Remove what is older than the newest `keep` that verify; damaged ones do not count as kept."""
-        self.at_stage("prune")
         num_whole = 0
         for step in reversed(self.steps()):
             directory = self.directory(step)
@@ -238,20 +239,23 @@ def _error_of(work: Callable[[], None]) -> OSError | None:
 
 
 def _read_manifest(directory: Path) -> dict[str, Any] | None:
-    """None if it is missing or damaged: it holds the sha256 of its own contents."""
-    path = directory / "manifest.json"
+    """None if it is missing or damaged: it holds the sha256 of its own contents, and nothing else is in the file."""
     try:
-        manifest = json.loads(path.read_text())
+        text = (directory / "manifest.json").read_text()
+        manifest = json.loads(text)
         claimed = manifest.pop("manifest_sha256")
-        whole = claimed == _manifest_digest(manifest)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    if whole and manifest["format"] > FORMAT_VERSION:
+    if claimed == _manifest_digest(manifest) and manifest["format"] > FORMAT_VERSION:
         raise CheckpointError(
             f"{directory} was written by a newer version (format {manifest['format']}, known {FORMAT_VERSION}); "
             "update svdtrain"
         )
-    return manifest if whole else None
+    return manifest if text == _manifest_text(manifest) else None
+
+
+def _manifest_text(manifest: dict[str, Any]) -> str:
+    return json.dumps({**manifest, "manifest_sha256": _manifest_digest(manifest)}, indent=2) + "\n"
 
 
 def _manifest_digest(manifest: dict[str, Any]) -> str:

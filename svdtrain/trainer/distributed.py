@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from svdtrain.trainer.errors import RankLostError
+from svdtrain.trainer.lifeline import Lifeline
 
 T = TypeVar("T")
 
@@ -44,16 +45,23 @@ class World:
     control_group: Any = None
     save_group: Any = None
     store: Any = None
+    lifeline: Lifeline | None = None
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def let_go(self) -> None:
+        """This rank is about to leave with an error of its own: the loss of others is no news any more."""
+        if self.lifeline is not None:
+            self.lifeline.let_go()
 
-def init_world(device_type: str) -> World:
+
+def init_world(device_type: str, on_loss: Callable[[str], Any] | None = None) -> World:
     """Join the process group that torchrun or srun announced in the environment; a world of one without it.
 
-    Raises RankLostError where the ranks do not all meet in time, ValueError for an incomplete environment.
+    `on_loss` is called in another thread, with a message, when another rank's process is gone: see Lifeline. Raises
+    RankLostError where the ranks do not all meet in time, ValueError for an incomplete environment.
     """
     announce_slurm_step()
     size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -68,8 +76,9 @@ def init_world(device_type: str) -> World:
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         control_group = dist.new_group(backend="gloo", timeout=timeout)
         save_group = dist.new_group(backend="gloo", timeout=timeout)
+        lifeline = Lifeline(dist.get_rank(), dist.get_world_size(), on_loss) if on_loss else None
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    return World(dist.get_rank(), dist.get_world_size(), local_rank, control_group, save_group, store)
+    return World(dist.get_rank(), dist.get_world_size(), local_rank, control_group, save_group, store, lifeline)
 
 
 def announce_slurm_step() -> None:
@@ -97,6 +106,8 @@ def first_host(nodes: str) -> str:
 
 def close_world(world: World) -> None:
     """Leave the process group."""
+    if world.lifeline is not None:
+        world.lifeline.close()
     if world.size > 1 and dist.is_initialized():
         dist.destroy_process_group()
 

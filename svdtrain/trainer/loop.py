@@ -83,6 +83,7 @@ class Trainer:
                 self._honour_requests()
             self._finish()
         except BaseException as error:
+            state.world.let_go()
             self.engine.emit_isolated("on_exception", state, error)
             raise
         finally:
@@ -209,6 +210,7 @@ class Trainer:
         state = self.state
         if self.saver.uncollected:
             self._collect_save()
+        state.run.sync()
         self.saver.start(snapshot(state, evaluated=self._last_evaluated == state.step))
         if wait or not state.config.train.async_save:
             self._collect_save(last_chance=wait)

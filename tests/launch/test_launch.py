@@ -1,4 +1,4 @@
-"""svd-launch: flags, snapshot, guard, and submitit's local executor, requeued twice."""
+"""svd-launch: flags, snapshot, guard."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from svdtrain.launch.progress import may_start
 from svdtrain.launch.snapshot import take_snapshot
 from svdtrain.runlog import read_records
 from svdtrain.trainer.distributed import announce_slurm_step, first_host
-from tests.main_job import records, tiny_settings, write_corpus
 
 
 @pytest.mark.parametrize(
@@ -133,36 +132,3 @@ def test_srun_is_understood_and_the_batch_script_is_one_process(monkeypatch) -> 
     announce_slurm_step()
     ours = {name: os.environ.pop(name) for name in rank_environment(0, 2, 0, "", 0)}
     assert ours == {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "MASTER_ADDR": "node1", "MASTER_PORT": "20007"}
-
-
-@pytest.mark.slow
-@pytest.mark.dist
-def test_the_local_executor_requeues_twice_and_finishes(tmp_path, monkeypatch) -> None:
-    """Two processes, the signal of submitit's own timer, no gap and no repeated step."""
-    import submitit
-
-    from svdtrain.launch.job import TrainJob
-
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    settings = tiny_settings(write_corpus(tmp_path / "text"), train={"num_iterations": 60, "device_batch_size": 1})
-    (tmp_path / "settings.json").write_text(json.dumps(settings))
-    run = tmp_path / "run"
-    entry = take_snapshot(run, [])
-    slow = "import time\nfrom svdtrain.hooks.train_log import TrainLog\nold = TrainLog.on_step_end\n"
-    slow += "TrainLog.on_step_end = lambda self, state: (time.sleep(0.4), old(self, state))[1]\n"
-    entry.write_text(entry.read_text().replace("from svdtrain.cli", slow + "from svdtrain.cli"))
-    job = TrainJob(run=str(run), entry=str(entry), flags=("--config", str(tmp_path / "settings.json")))
-    executor = submitit.LocalExecutor(tmp_path / "submitit", max_num_timeout=100)
-    executor.update_parameters(timeout_min=75 / 60, signal_delay_s=50, tasks_per_node=2)
-    submitted = executor.submit(job)
-    try:
-        results = submitted.results()
-    except Exception as error:
-        output = "\n".join(
-            p.read_text()[-3000:] for p in sorted((tmp_path / "submitit").glob("*.*")) if "pkl" not in p.name
-        )
-        raise AssertionError(output) from error
-    assert results == [0, 0]
-    assert len(records(run, "resume")) >= 1
-    assert [r["step"] for r in records(run, "train")] == list(range(1, 61))
-    assert json.loads((run / "restarts.json").read_text()) == sorted(json.loads((run / "restarts.json").read_text()))

@@ -33,6 +33,7 @@ MpiDefault=none
 ReturnToService=2
 JobRequeue=1
 KillWait=20
+SchedulerParameters=sched_interval=2,bf_interval=2
 SlurmdParameters=config_overrides
 StateSaveLocation={directory}/state
 SlurmdSpoolDir={directory}/spool

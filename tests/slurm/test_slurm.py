@@ -18,21 +18,21 @@ from svdtrain.launch.snapshot import take_snapshot
 from tests.main_job import records, tiny_settings, write_corpus
 from tests.slurm.local_cluster import LocalCluster, why_not
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.skipif(bool(why_not()), reason=why_not() or "-")]
+pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(why_not()), reason=why_not() or "-")]
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 80
+STEPS = 60
 SLOW_STEPS = """
-import time
+import pathlib, time
 from svdtrain.hooks.train_log import TrainLog
-on_step_end = TrainLog.on_step_end
-TrainLog.on_step_end = lambda self, state: (time.sleep(0.4), on_step_end(self, state))[1]
+on_step_end, slow = TrainLog.on_step_end, pathlib.Path(__file__).with_name("slow")
+TrainLog.on_step_end = lambda self, state: (time.sleep(slow.exists()), on_step_end(self, state))[1]
 from svdtrain.cli import main
 """
 
 
-@pytest.fixture
-def cluster(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[LocalCluster]:
-    cluster = LocalCluster(tmp_path / "slurm", **getattr(request, "param", {}))
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    cluster = LocalCluster(tmp_path_factory.mktemp("cluster") / "slurm", cpus=64, num_gpus=8)
     try:
         cluster.start()
         yield cluster
@@ -40,7 +40,6 @@ def cluster(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[LocalClu
         cluster.stop()
 
 
-@pytest.mark.parametrize("cluster", [{"cpus": 64, "num_gpus": 8}], indirect=True)
 @pytest.mark.parametrize("script", ["d20", "d12", "d4_cpu"])
 def test_a_cluster_with_eight_gpus_takes_the_scripts(cluster: LocalCluster, script: str) -> None:
     said = cluster.run("sbatch", "--test-only", f"slurm/{script}.sh", cwd=ROOT)
@@ -69,46 +68,49 @@ def submit(cluster: LocalCluster, run: Path, settings: dict[str, Any], *options:
     return said.split()[-1]
 
 
-def uninterrupted(directory: Path, settings: dict[str, Any]) -> Path:
+def start_uninterrupted(directory: Path, settings: dict[str, Any]) -> tuple[Path, subprocess.Popen]:
+    """The same run outside of Slurm, beside the other one."""
     run = directory / "straight"
     (directory / "straight.json").write_text(json.dumps(settings))
     flags = ["--preset", "d4", "--config", str(directory / "straight.json"), "--num-iterations", str(STEPS)]
     command = [sys.executable, "-m", "svdtrain.cli", *flags, "--device", "cpu", "--save-every", "50"]
-    subprocess.run([*command, "--run-dir", str(run)], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=ROOT)
-    return run
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return run, subprocess.Popen([*command, "--run-dir", str(run)], env=env, cwd=ROOT, stdout=subprocess.DEVNULL)
 
 
 def test_preempted_at_the_time_limit_requeued_by_hand_and_finished(cluster: LocalCluster, tmp_path: Path) -> None:
     settings = tiny_settings(write_corpus(tmp_path / "text"), train={"eval_every": 30})
-    run = tmp_path / "run"
+    run, output = tmp_path / "run", tmp_path / "output.txt"
     entry = take_snapshot(run, [])  # what is in the run directory is what runs: here with slow steps
     entry.write_text(entry.read_text().replace("from svdtrain.cli import main\n", SLOW_STEPS))
-    job = submit(cluster, run, settings, "--time=2", "--signal=USR2@45")
-    output = tmp_path / "output.txt"
+    slow = entry.with_name("slow")
+    slow.touch()
+    # Slurm looks every 30 s, and one look ahead: the signal comes 20 to 50 s after the start.
+    job = submit(cluster, run, settings, "--time=1", "--signal=USR2@10")
+    straight, process = start_uninterrupted(tmp_path, settings)
 
     def steps() -> int:
         return len(records(run, "train")) if (run / "metrics.jsonl").exists() else 0
 
     def starts() -> int:
-        return len(records(run, "resume"))
+        return len(records(run, "resume")) if steps() else 0
 
     try:
-        cluster.wait(lambda: steps() > 0 or cluster.state(job) == "FAILED", 90, "the job does not start")
-        cluster.wait(lambda: starts() == 1, 180, "it is not requeued at the time limit")
+        cluster.wait(lambda: starts() == 1 or cluster.state(job) == "FAILED", 150, "not requeued at the time limit")
         cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=15")  # once is enough
         at_first_resume = steps()
         cluster.wait(lambda: steps() > at_first_resume, 30, "it does not go on")
         cluster.run("scontrol", "requeue", job)
-        cluster.wait(lambda: cluster.state(job) in ("COMPLETED", "FAILED"), 300, "it does not finish")
+        slow.unlink()
+        cluster.wait(lambda: cluster.state(job) in ("COMPLETED", "FAILED"), 150, "it does not finish")
     except AssertionError as error:
         raise AssertionError(f"{error}\n{output.read_text() if output.exists() else ''}") from error
+    finally:
+        process.wait(120)
     assert cluster.state(job) == "COMPLETED", output.read_text()
     ends = [r["reason"] for r in records(run, "end")]
-    assert "preempted by signal SIGUSR2" in ends
-    assert "preempted by signal SIGTERM" in ends
-    assert ends[-1] == "finished"
+    assert ends == ["preempted by signal SIGUSR2", "preempted by signal SIGTERM", "finished"]
     assert [r["step"] for r in records(run, "train")] == list(range(1, STEPS + 1))  # no gap, no step twice
-    straight = uninterrupted(tmp_path, settings)
     assert [r["val/bpb"] for r in records(run, "eval")] == [r["val/bpb"] for r in records(straight, "eval")]
     final = [load_file(p / "checkpoints" / f"step_{STEPS:06d}" / "model.safetensors") for p in (run, straight)]
     for name, tensor in final[0].items():

@@ -2,11 +2,13 @@
 
 import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from svdtrain.trainer import checkpoint
 from svdtrain.trainer.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -46,7 +48,7 @@ def test_no_checkpoint_is_none(tmp_path) -> None:
 
 
 def truncate(path) -> None:
-    path.write_bytes(path.read_bytes()[:-10])
+    path.write_bytes(path.read_bytes()[:-1])  # of the manifest that is its last line break: damage all the same
 
 
 def flip_bit(path) -> None:
@@ -116,6 +118,28 @@ def test_full_disk_is_one_error_and_older_checkpoints_stay(tmp_path, monkeypatch
     assert loaded is not None
     assert loaded.step == 1
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_what_a_full_disk_left_too_many_of_goes_before_the_next_save(tmp_path, monkeypatch) -> None:
+    """The third checkpoint was whole, but neither `latest` nor the pruning behind it was possible any more."""
+    store = CheckpointStore(tmp_path)
+    store.save(make(1))
+    store.save(make(2))
+
+    def full(path: Path, text: str) -> None:
+        if path.name == "latest":
+            raise OSError(28, "No space left on device")
+        path.write_text(text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "atomic_write_text", full)
+        with pytest.raises(CheckpointError, match="No space left"):
+            store.save(make(3))
+    assert store.steps() == [1, 2, 3]
+    there: list[list[int]] = []
+    store.at_stage = lambda name: there.append(store.steps()) if name == "model" else None
+    store.save(make(4))
+    assert there == [[2, 3]]
 
 
 def test_a_newer_format_is_named_and_not_passed_over(tmp_path) -> None:
