@@ -4,7 +4,7 @@
 #   sbatch slurm/ssm.sh s5 --seeds 3
 #   sbatch -p PARTITION -A ACCOUNT slurm/ssm.sh all --parallel 12
 #
-# Rows are kept in SVDTRAIN_RUN_DIR (results/ssm): a job that was cut off goes on when submitted again.
+# Rows are kept in SVDTRAIN_RUN_DIR (runs/ssm): a job that was cut off goes on when submitted again.
 #SBATCH --job-name=ssm
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
@@ -20,4 +20,4 @@ cd "$SLURM_SUBMIT_DIR" && [ -d ssm_blocks ] || fail "submit from the root of the
 [ "$#" -gt 0 ] || fail "name the experiments, for example: sbatch slurm/ssm.sh s5 --seeds 3"
 python="${SVDTRAIN_PYTHON:-.venv/bin/python}"
 command -v "$python" >/dev/null || python=python3
-exec srun "$python" -m ssm_blocks.experiments "$@" --out "${SVDTRAIN_RUN_DIR:-results/ssm}"
+exec srun "$python" -m ssm_blocks.experiments "$@" --out "${SVDTRAIN_RUN_DIR:-runs/ssm}"

@@ -19,8 +19,8 @@ ONE_HEAD = {"num_heads": 1, "conv_size": 0, "learned_state": True}
 SCANNED = {**ONE_HEAD, "method": "doubling"}  # fewer kernels than blelloch, which is what small models wait for
 DELTA = {"num_heads": 4, "key_dim": 16, "conv_size": 0, "learned_state": True}
 MORE = {"steps": 2500}
-MUCH = {"lengths": [2, 4, 8, 20], "steps": 3000, "batch": 512}
-LONG = {"lengths": [2, 4, 8, 20, 64, 128], "steps": 4000, "batch": 128}
+MUCH = {"lengths": [2, 3, 5, 10, 20], "steps": 3000, "batch": 512}
+LONG = {"lengths": [2, 3, 5, 10, 20, 64, 128], "steps": 4000, "batch": 128}
 
 EASY = "Transpositions (10 tokens), one layer"
 DEEP = "Transpositions, two layers"

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 from pathlib import Path
 from types import ModuleType
 
@@ -358,3 +359,31 @@ def test_the_first_design_forgets_or_ignores_its_input() -> None:
     state = mixer.init_state(1, dtype=torch.float64)
     _, last = mixer(torch.randn(1, 20, 4, dtype=torch.float64), state, return_state=True)
     assert last["h"].norm().item() == pytest.approx(0.9**40 * state["h"].norm().item(), rel=1e-5)
+
+
+# Slurm ---------------------------------------------------------------------------------------------------------------
+
+
+def batch_script(tmp_path: Path, *words: str, job: bool = True) -> subprocess.CompletedProcess[str]:
+    """slurm/ssm.sh with an srun that only says what it was asked for."""
+    srun = tmp_path / "srun"
+    srun.write_text('#!/bin/sh\necho "$@"\n')
+    srun.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_SUBMIT_DIR": str(ROOT), "SVDTRAIN_PYTHON": "python3"}
+    if job:
+        environment["SLURM_JOB_ID"] = "1"
+    command = ["bash", "slurm/ssm.sh", *words]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_batch_script_hands_its_arguments_on(tmp_path: Path) -> None:
+    done = batch_script(tmp_path, "s5", "--seeds", "3")
+    assert done.stdout.split() == [
+        "python3", "-m", "ssm_blocks.experiments", "s5", "--seeds", "3", "--out", "runs/ssm"
+    ]  # fmt: skip
+    for refused, message in (
+        (batch_script(tmp_path), "name the experiments"),
+        (batch_script(tmp_path, "s5", job=False), "sbatch slurm/ssm.sh"),
+    ):
+        assert refused.returncode == 2
+        assert message in refused.stderr
