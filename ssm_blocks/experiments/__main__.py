@@ -30,9 +30,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, help="seeds 0 to N - 1 (3; quick: 1)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--out", type=Path, default=Path("runs/ssm"), help="directory of the rows (runs/ssm)")
-    parser.add_argument(
-        "--data", default="", help="images of scifar: a directory of parquet files, or see tasks/cifar.py"
-    )
+    parser.add_argument("--data", default="", help="images of scifar: a directory of parquet files, datasets, ...")
     parser.add_argument("--arms", default="", metavar="A,B", help="only these arms")
     parser.add_argument("--parallel", type=int, default=1, metavar="N", help="runs at once, each a process (1)")
     parser.add_argument("--list", action="store_true", help="show the arms and stop")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from ssm_blocks.experiments.experiment import Arm, Column, Criterion, Row, at_length, criterion, rows_of, values_of
 from ssm_blocks.experiments.linear_attention import DENSE, POSITIONED
+from ssm_blocks.experiments.timing import median_ms, tensor_cores
 from ssm_blocks.experiments.token_experiment import TokenExperiment, accuracy_columns, model_config, number
 from ssm_blocks.experiments.training import Training
 from ssm_blocks.mixer import Mixer, build
@@ -103,21 +103,10 @@ def speed(mixer: Mixer, length: int, device: torch.device, repeats: int) -> Row:
         assert isinstance(y, Tensor)
         (y * weight).sum().backward()
 
-    times = sorted(timed(once, device) for _ in range(repeats + 2))[:repeats]  # the first ones compile
-    ms = times[len(times) // 2]
+    with tensor_cores():
+        ms = median_ms(once, repeats, 2, device)
     peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
     return {"ms": ms, "tokens_per_s": 1000 * length / ms, "peak_mib": peak, "length": length}
-
-
-def timed(function: Callable[[], None], device: torch.device) -> float:
-    """Milliseconds of one call, the device's work included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    began = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return 1000 * (time.perf_counter() - began)
 
 
 def _arm(name: str, delay: int, group: str, lengths: list[int] | None = None) -> Arm:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from ssm_blocks.experiments.delay import per_seed, timed
+from ssm_blocks.experiments.delay import per_seed
 from ssm_blocks.experiments.experiment import Arm, Column, Criterion, Experiment, Row, criterion, values_of
+from ssm_blocks.experiments.timing import median_ms, tensor_cores
 from ssm_blocks.experiments.token_experiment import number
 from ssm_blocks.ops import fla
 from ssm_blocks.ops.delta import chunk_delta_rule
@@ -188,13 +190,12 @@ def times(form: Form, inputs: dict[str, Tensor], repeats: int, device: torch.dev
         o, _ = form(*core, None, inputs["S"])
         torch.autograd.grad((o * weight).sum(), core)
 
-    found = {}
-    for name, function in (("forward_ms", forward), ("ms", both)):
-        for _ in range(min(3, repeats)):
-            function()
-        ordered = sorted(timed(function, device) for _ in range(repeats))
-        found[name] = ordered[len(ordered) // 2]
-    return found
+    warmup = min(3, repeats)
+    with tensor_cores() if inputs["q"].dtype == torch.bfloat16 else nullcontext():
+        return {
+            "forward_ms": median_ms(forward, repeats, warmup, device),
+            "ms": median_ms(both, repeats, warmup, device),
+        }
 
 
 @torch.no_grad()

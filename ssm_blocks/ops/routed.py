@@ -112,7 +112,7 @@ def _delta_rule(frame: tuple[Tensor, Tensor], S: Tensor, core: list[Tensor], chu
     index, sign = frame
     q, k, v, beta = core
     q, k = into_frame(index, sign, q), into_frame(index, sign, k)
-    parts = delta.chunk_delta_parts(q, k, v, beta, None, S, chunk, inverse)
+    parts = delta.chunk_delta_parts(q, k, v, beta, None, S, chunk, inverse, in_turn=True)
     outputs = parts.o, out_of_frame(index[:, -1], sign[:, -1], parts.S)
     q, k, news = (x.detach() for x in (delta.fold(q, parts.chunk), delta.fold(k, parts.chunk), parts.news))
     starts, ones = torch.stack([x.detach() for x in parts.starts], 2), S.new_ones(parts.chunk, parts.chunk)
