@@ -120,7 +120,7 @@ def _hard_models() -> dict[str, dict[str, Any]]:
         "monarch_signed_cayley": models["monarch_signed_cayley"],
         "diagonal": models["diagonal"],
         "neg_deltanet": models["neg_deltanet"],
-        "deltaproduct4": models["deltaproduct4"],
+        "deltaproduct4": model_config("deltaproduct", WIDTH, num_householder=4, **{**DELTA, "key_dim": 8}),
         "lstm": models["lstm"],
     }
 

@@ -26,8 +26,9 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 class Training:
     """lengths: the curriculum, the last one is what is trained for. Raises ValueError for impossible values.
 
-    A stage of the curriculum ends when the mean loss of a check is below `advance_loss`, or with its share of the
-    first half of the steps. The last stage is solved when the mean loss is below `solved_loss`; then `cooldown` steps
+    A stage of the curriculum ends when the mean loss of a check is below `advance_loss`: long words are learnt soon by
+    what has understood short ones, and never by what has not. From half of the steps on, every check ends one, so that
+    each arm gets to the last. The last stage is solved when the mean loss is below `solved_loss`; then `cooldown` steps
     bring the learning rate to zero.
     """
 
@@ -93,9 +94,8 @@ class Curriculum:
         return self.stage == len(self.training.lengths) - 1
 
     def update(self, step: int, loss: float) -> None:
-        """Go on where this stage is learnt or has had its share."""
-        share = self.training.steps / (2 * len(self.training.lengths))
-        if not self.is_last and (loss < self.training.advance_loss or step >= share * (self.stage + 1)):
+        """Go on where this stage is learnt, or where half of the time is over."""
+        if not self.is_last and (loss < self.training.advance_loss or 2 * step >= self.training.steps):
             self.stage += 1
 
 

@@ -192,9 +192,9 @@ def test_the_curriculum_goes_on_by_success_or_by_time() -> None:
     assert curriculum.length == 5
     curriculum.update(11, 0.4)
     assert curriculum.length == 10
-    curriculum.update(30, 0.9)
+    curriculum.update(59, 0.9)
     assert curriculum.length == 10
-    curriculum.update(40, 0.9)
+    curriculum.update(60, 0.9)
     assert curriculum.length == 20
     assert curriculum.is_last
     curriculum.update(120, 0.0)
