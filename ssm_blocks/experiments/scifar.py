@@ -201,7 +201,7 @@ def train_steps(run: Run, first: int, last: int) -> float:
         rise = min(1.0, (step + 1) / settings["warmup"])
         lr = settings["lr"] * rise * 0.5 * (1 + math.cos(math.pi * step / total))
         for group in run.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["scale"]
         generator = torch.Generator(device).manual_seed(run.seed * 1_000_003 + step)
         chosen = torch.randint(len(run.images.labels), (settings["batch"],), generator=generator, device=device)
         loss = F.cross_entropy(model(run.images.pixels[chosen]), run.images.labels[chosen])

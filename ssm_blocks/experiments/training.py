@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ssm_blocks.mixer import non_matrix_parameters
 from ssm_blocks.tasks.task import IGNORED
 
+SLOW = 0.05
 Batch = tuple[Tensor, Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -104,22 +105,35 @@ def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
 
 
-def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW; what is no matrix does not decay."""
+def make_optimizer(model: nn.Module, lr: float, weight_decay: float, slow: Collection[str] = ()) -> torch.optim.AdamW:
+    """AdamW; what is no matrix does not decay. slow: see `train`."""
     special = {id(parameter) for parameter in non_matrix_parameters(model).values()}
-    groups = [
-        {"params": [p for p in model.parameters() if id(p) not in special], "weight_decay": weight_decay},
-        {"params": [p for p in model.parameters() if id(p) in special], "weight_decay": 0.0},
-    ]
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        scale = SLOW if name.rsplit(".", 1)[-1] in slow else 1.0
+        decay = 0.0 if id(parameter) in special else weight_decay
+        groups.setdefault((decay, scale), []).append(parameter)
     on_cuda = next(model.parameters()).is_cuda
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.99), fused=on_cuda)
+    return torch.optim.AdamW(
+        [{"params": found, "weight_decay": decay, "scale": scale} for (decay, scale), found in groups.items()],
+        lr=lr,
+        betas=(0.9, 0.99),
+        fused=on_cuda,
+    )
 
 
 def train(
-    model: nn.Module, batch_at: Callable[[int, int], Batch], training: Training, loss_of: Loss = token_loss
+    model: nn.Module,
+    batch_at: Callable[[int, int], Batch],
+    training: Training,
+    loss_of: Loss = token_loss,
+    slow: Collection[str] = (),
 ) -> TrainingReport:
-    """Train `model` in place on batch_at(step, length) -> (inputs, targets); it ends with its best weights."""
-    optimizer = make_optimizer(model, training.lr, training.weight_decay)
+    """Train `model` in place on batch_at(step, length) -> (inputs, targets); it ends with its best weights.
+
+    slow: parameters, by the last part of their names, that learn at a twentieth of the rate.
+    """
+    optimizer = make_optimizer(model, training.lr, training.weight_decay, slow)
     schedule, curriculum = Schedule(training.lr, training.warmup, training.steps), Curriculum(training)
     best, window, ended, step = Best(model), [], "steps", 0
     began = time.perf_counter()
@@ -169,7 +183,7 @@ def _update(
     model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, lr: float, training: Training, loss_of: Loss
 ) -> Tensor:
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["scale"]
     inputs, targets = batch
     loss = loss_of(model(inputs), targets)
     optimizer.zero_grad(set_to_none=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ssm_blocks.tasks.task import generator_for
 
-FREQUENCIES = (0.1, 0.7)  # rad per token
+FREQUENCIES = (0.1, 0.4)  # rad per token: periods of 16 to 63
 DAMPINGS = (0.002, 0.02)
 AMPLITUDES = (0.5, 1.5)
 INPUTS = 5  # the impulse, frequency, damping, A cos(phase), A sin(phase)
