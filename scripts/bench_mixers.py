@@ -31,7 +31,7 @@ import torch
 
 from ssm_blocks import available
 from svdtrain.build import build_model
-from svdtrain.config import ModelConfig, RunConfig
+from svdtrain.config import ModelConfig, RunConfig, TrainConfig
 from svdtrain.model.kv_cache import KVCache
 from svdtrain.runlog import read_records
 
@@ -159,7 +159,8 @@ def summarise(name: str, run: Path) -> Row:
 
 def sizes(name: str) -> Row:
     """Parameters, and the numbers the model remembers of one sequence: at 256 tokens, and at each token more."""
-    config = RunConfig(model=ModelConfig(depth=FLAGS["depth"], max_seq_len=SEQ_LEN, mixer=name))
+    shape = ModelConfig(depth=FLAGS["depth"], max_seq_len=SEQ_LEN, mixer=name)
+    config = RunConfig(model=shape, train=TrainConfig(dtype=FLAGS["dtype"]))
     model = build_model(config, config.model.vocab_size, torch.device("cpu")).float()
     with torch.no_grad():
         caches = [KVCache.for_model(model, batch_size=1, max_len=length) for length in (SEQ_LEN, SEQ_LEN + 1)]
