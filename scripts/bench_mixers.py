@@ -19,7 +19,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -106,7 +106,8 @@ def measure_all(names: list[str], arguments: argparse.Namespace) -> Any:
             pairs.put(cores)
 
     with ThreadPoolExecutor(arguments.parallel) as pool:
-        yield from pool.map(one, names)
+        for done in as_completed([pool.submit(one, name) for name in names]):
+            yield done.result()
 
 
 def core_pairs(count: int) -> list[list[int] | None]:
