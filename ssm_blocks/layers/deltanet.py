@@ -153,7 +153,7 @@ class DeltaNet(RecurrentMixer):
             return delta_rule_reference(*core, None, out_of_frame(index[:, 0], sign[:, 0], S))
         if learning:
             dictionary = self.dictionary.dense().to(S.dtype)
-            return routed_delta_rule(*core, Routing(weights, dictionary, index, sign), S, self.chunk, self.inverse)
+            return routed_delta_rule(*core, Routing(weights, dictionary, index, sign), S, self.chunk, self.inverse)  # type: ignore[call-arg]
         if self._uses_fla(call, S):
             kernel = partial(fla.delta_rule, dtype=call.dtype)
         else:

@@ -105,7 +105,7 @@ class TimeVaryingDPLR(RecurrentMixer):
             o, S = _one_step(core, index, sign, S)
         elif learning:
             routing = Routing(weights, self.dictionary.dense().to(S.dtype), index, sign)
-            o, S = routed_dplr(core, routing, S, self.chunk)
+            o, S = routed_dplr(core, routing, S, self.chunk)  # type: ignore[call-arg]
         elif fla.use_fla(self.backend, call.dtype, S.device, max(self.key_dim, self.value_dim)):
             index, sign = prefix_products(index, sign)
             o, S = fla.dplr(*into_frames(core, index, sign), S, call.dtype)

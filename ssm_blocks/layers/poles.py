@@ -26,7 +26,7 @@ def logit(share: float) -> float:
 
 def fill_log_angles(weight: Tensor, generator: Generator = None) -> None:
     """For angle = exp(weight)."""
-    fill_uniform(weight, *(math.log(angle) for angle in ANGLES), generator)
+    fill_uniform(weight, *(math.log(angle) for angle in ANGLES), generator)  # type: ignore[call-arg]
 
 
 @torch.no_grad()

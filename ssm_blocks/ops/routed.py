@@ -75,7 +75,7 @@ class _Routed(torch.autograd.Function):
         found = torch.autograd.grad(ctx.outputs, leaves, gradients, retain_graph=True)
         count = len(ctx.inputs)
         outer = ctx.outer(gradients, found[:count], found[count:])
-        d_weights, d_dictionary = _choice_gradients(outer, *ctx.saved_tensors, *ctx.frame, ctx.chunk)
+        d_weights, d_dictionary = _choice_gradients(outer, *ctx.saved_tensors, *ctx.frame, ctx.chunk)  # type: ignore[call-arg]
         return None, None, None, d_weights, d_dictionary, *found[:count]
 
 

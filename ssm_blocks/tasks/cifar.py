@@ -37,7 +37,7 @@ def cifar10(split: str, source: str | None = None) -> Images:
     if source == "datasets":
         from datasets import load_dataset
 
-        return _decoded((row["img"], row["label"]) for row in load_dataset("uoft-cs/cifar10", split=split))
+        return _decoded((row["img"], row["label"]) for row in load_dataset("uoft-cs/cifar10", split=split))  # type: ignore[index]
     if source.startswith("torchvision"):
         from torchvision.datasets import CIFAR10  # type: ignore[import-not-found]
 
