@@ -15,8 +15,11 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from ssm_blocks.experiments import catalogue
-from ssm_blocks.experiments.experiment import Column, Experiment, Row, settings_hash, spread
+from ssm_blocks.experiments.experiment import Column, Criterion, Experiment, Row, settings_hash, spread
 from ssm_blocks.experiments.store import Store
+
+ENOUGH_RUNS = 3
+PANELS_IN_A_ROW = 2
 
 INTRODUCTION = """# Results of the state-space experiments
 
@@ -75,11 +78,19 @@ def section(experiment: Experiment, rows: list[Row], figures: Path) -> str:
 
 def criteria(experiment: Experiment, rows: list[Row]) -> list[str]:
     """What was asked, what came out."""
-    lines = ["| criterion | target | measured | |", "|---|---|---|---|"]
+    lines = ["| criterion | target | measured | runs | |", "|---|---|---|---|---|"]
     judged = experiment.judged(rows)
-    lines += [f"| {c.name} | {c.target} | {c.measured} | {'met' if c.passed else '**not met**'} |" for c in judged]
-    reasons = [f"Not met, {c.name}: {c.reason}" for c in judged if not c.passed and c.reason]
+    lines += [f"| {c.name} | {c.target} | {c.measured} | {c.runs} | {verdict(c)} |" for c in judged]
+    reasons = [f"Not met, {c.name}: {c.reason}" for c in judged if c.runs and not c.passed and c.reason]
     return lines + (["", *reasons] if reasons else [])
+
+
+def verdict(judged: Criterion) -> str:
+    """In words; a criterion needs three runs to be met or missed for good."""
+    if not judged.runs:
+        return "not run yet"
+    so_far = "" if judged.runs >= ENOUGH_RUNS else " so far"
+    return f"met{so_far}" if judged.passed else f"**not met**{so_far}"
 
 
 def table(experiment: Experiment, group: str, arms: list[str], rows: list[Row]) -> list[str]:
@@ -139,8 +150,13 @@ def draw(experiment: Experiment, rows: list[Row], order: dict[str, str], figures
 
     drawn = {row["arm"] for row in rows if _curve(experiment, row)}
     groups = list(dict.fromkeys(group for arm, group in order.items() if arm in drawn))
-    figure, panels = plt.subplots(1, len(groups), figsize=(5.5 * len(groups), 4), layout="constrained", squeeze=False)
-    for group, axes in zip(groups, panels[0], strict=True):
+    wide = min(PANELS_IN_A_ROW, len(groups))
+    high = -(-len(groups) // wide)
+    figure, panels = plt.subplots(high, wide, figsize=(5.5 * wide, 4 * high), layout="constrained", squeeze=False)
+    for axes in panels.flat[len(groups) :]:
+        axes.set_axis_off()
+    for group, axes in zip(groups, panels.flat, strict=False):
+        axes.set_prop_cycle(color=plt.get_cmap("tab20").colors[::2] + plt.get_cmap("tab20").colors[1::2])
         for arm in (name for name in order if order[name] == group and name in drawn):
             _draw_arm(axes, arm, [_curve(experiment, row) for row in rows if row["arm"] == arm])
         _finish_panel(axes, experiment, group, [row for row in rows if order.get(row["arm"]) == group])

@@ -31,12 +31,13 @@ class Arm:
 
 @dataclass(frozen=True, kw_only=True)
 class Criterion:
-    """What was asked, what came out. reason: why it failed, if it did and the cause was found."""
+    """What was asked, what came out of how many runs. reason: why it failed, if it did and the cause was found."""
 
     name: str
     target: str
     measured: str
     passed: bool
+    runs: int = 0
     reason: str = ""
 
 
@@ -127,13 +128,20 @@ def spread(values: list[float], format: str = ".3f") -> str:
 
 
 def criterion(
-    name: str, values: list[float], *, above: float | None = None, below: float | None = None, format: str = ".3f"
+    name: str,
+    values: list[float],
+    *,
+    above: float | None = None,
+    below: float | None = None,
+    format: str = ".3f",
+    runs: int | None = None,
 ) -> Criterion:
-    """The median of `values` against a bound; without values it has failed."""
+    """The median of `values` against a bound; without values it has failed. runs: behind them, if not one each."""
     assert (above is None) != (below is None), "a criterion has one bound"
     target = f"> {above:g}" if above is not None else f"< {below:g}"
     if not values:
         return Criterion(name=name, target=target, measured="no rows", passed=False, reason="not run")
     median = statistics.median(values)
     passed = median > above if above is not None else median < below  # type: ignore[operator]
-    return Criterion(name=name, target=target, measured=spread(values, format), passed=passed)
+    runs = len(values) if runs is None else runs
+    return Criterion(name=name, target=target, measured=spread(values, format), passed=passed, runs=runs)

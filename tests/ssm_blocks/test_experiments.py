@@ -301,8 +301,9 @@ def test_the_page_is_made_of_the_rows(tmp_path: Path, capsys) -> None:
     assert publish().main(["--docs", str(tmp_path)]) == 0
     assert "1 rows of other settings" in capsys.readouterr().out
     page = (tmp_path / "RESULTS_SSM.md").read_text()
-    assert "| cs_neg_deltanet, final at T=20 | > 0.9 | 0.970 (0.930 to 0.990) | met |" in page
-    assert "| deltanet, final at T=20 | < 0.5 | 0.970 (0.930 to 0.990) | **not met** |" in page
+    assert "| cs_neg_deltanet, final at T=20 | > 0.9 | 0.970 (0.930 to 0.990) | 3 | met |" in page
+    assert "| deltanet, final at T=20 | < 0.5 | 0.970 (0.930 to 0.990) | 3 | **not met** |" in page
+    assert "| minimal state: cs_neg_deltanet passes | > 0.9 | no rows | 0 | not run yet |" in page
     assert "| cs_neg_deltanet | 3 | 0.970 (0.930 to 0.990) |" in page
     assert "| *chance* | | 0.125 | 0.125 |" in page
     assert "1,234" in page
