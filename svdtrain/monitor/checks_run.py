@@ -74,15 +74,21 @@ def _jump(view: RunView, name: str, what: str, threshold: float) -> Finding | No
     before, lately = points[:-10], points[-10:]
     mean = statistics.fmean(v for _, v in lately)
     centre = statistics.median(v for _, v in before[-50:])
-    differences = [abs(b - a) for (_, a), (_, b) in itertools.pairwise(before)]
-    # From differences of neighbours, so that a steady descent does not count as noise; 1.05 makes it a sigma.
-    noise = 1.05 * statistics.median(differences) or 1e-12
-    z = (mean - centre) / (noise / math.sqrt(10) + 1e-3 * abs(centre))
+    values = [v for _, v in before]
+    tens = [statistics.fmean(values[i : i + 10]) for i in range(0, len(values) - 9, 10)]
+    # Gradient norms wander: means of ten differ by more than independent steps would make them.
+    noise = max(_sigma(values) / math.sqrt(10), _sigma(tens)) or 1e-12
+    z = (mean - centre) / (noise + 1e-3 * abs(centre))
     if z < threshold:
         return None
     return Finding(
         level=WARNING, message=f"{what} rose to {mean:.4g} from {centre:.4g} (z {z:.1f}); the data may have changed"
     )
+
+
+def _sigma(values: list[float]) -> float:
+    """Standard deviation from the differences of neighbours, so that a steady descent does not count as noise."""
+    return 1.05 * statistics.median(abs(b - a) for a, b in itertools.pairwise(values))
 
 
 def validation_rising(now: Situation, active: bool) -> Finding | None:

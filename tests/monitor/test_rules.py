@@ -143,6 +143,21 @@ def test_loss_shift_but_not_a_descent_or_noise() -> None:
     assert found(*steps([*quiet, *[v + 0.5 for v in quiet[-10:]]]))["loss_shift"].level == WARNING
 
 
+def test_a_gradient_norm_that_wanders_is_no_jump() -> None:
+    draw, level, norms = random.Random(3), 0.0, []
+    for _ in range(400):  # correlated over some ten steps, as real ones are
+        level = 0.9 * level + draw.gauss(0, 0.06)
+        norms.append(1.3 + level + draw.gauss(0, 0.05))
+    ends = range(120, 400, 10)
+    fired = [end for end in ends if "grad_norm_jump" in found(*gradient_norms(norms[:end]))]
+    assert len(fired) <= 1, fired
+    assert "grad_norm_jump" in found(*gradient_norms([*norms[:200], *[2 * v for v in norms[200:210]]]))
+
+
+def gradient_norms(values: list[float]) -> list[dict]:
+    return [train(step, grad_norm=value) for step, value in enumerate(values, 1)]
+
+
 def test_validation_rising() -> None:
     evals = [record("eval", s, **{"val/bpb": v}) for s, v in ((0, 3.0), (50, 2.0), (100, 2.1))]
     assert "5.0 %" in found(*evals)["val_rising"].message
