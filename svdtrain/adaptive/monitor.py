@@ -26,6 +26,8 @@ _SLOW_EXTRAS = (
     "stable_rank", "entropy_rank", "participation_rank", "edge_rank", "threshold_rank", "intruders", "residual",
     "exact",
 )  # fmt: skip
+_SPECTRUM_AT = (0, 10, 25, 50, 90)
+"""Singular values that are logged, by the share of all directions, in per cent, that lies before them."""
 _FAST_EXTRAS = ("pp", "pm", "mp", "mm", "erasure", "right_lift")
 
 
@@ -109,6 +111,9 @@ class Monitor:
         fast, slow = self._fast.get(name, {}), self._slow.get(name, {})
         out = {key: slow[key] for key in _SLOW_EXTRAS if key in slow}
         out |= {f"update_{key}": fast[f"update/{key}"] for key in _FAST_EXTRAS if f"update/{key}" in fast}
+        if name in self._spectra:
+            S = self._spectra[name]
+            out |= {f"singular_{at}": float(S[at * S.numel() // 100]) for at in _SPECTRUM_AT}
         return out
 
     def set_ranks(self, ranks: Mapping[str, int]) -> None:

@@ -113,19 +113,25 @@ def comparison_figures(runs: list[RunData]) -> list[Figure]:
             _over_tokens("throughput", "Throughput", "tokens per second", speed, runs, _cost_text(runs)), from_zero=True
         ),
     ]
-    probes = sorted({name for run in runs for name in run.view.scalars if _is_probe(name)})
+    logged = sorted({name for run in runs for name in run.view.scalars})
     figures += [
-        _over_tokens(f"probe_{name.replace('/', '_')}", f"Forgetting probe: {name}", name, of(name), runs, PROBE_TEXT)
-        for name in probes
+        _over_tokens(f"probe_{name.replace('/', '_')}", f"Forgetting probe: {title}", name, of(name), runs, text)
+        for name in logged
+        for title, text in [PROBES.get(name, (name, PROBE_TEXT))]
+        if name in PROBES or "retention" in name.lower()
     ]
     return [figure for figure in figures if _has_numbers(figure)]
 
 
 PROBE_TEXT = "Loss on first-seen text that is not trained on any more; a rise is forgetting."
-
-
-def _is_probe(name: str) -> bool:
-    return any(part in name.lower() for part in ("probe", "forget", "retention"))
+PROBES = {
+    "probe/harm": ("what was lost", "Nats a token that first-seen text has lost since its best; 0: nothing."),
+    "probe/loss": ("loss on first-seen text", PROBE_TEXT),
+    "probe/minus_control": (
+        "first-seen against never-seen text",
+        "Loss on first-seen text minus that on text never trained on: below 0 while something of it is remembered.",
+    ),
+}
 
 
 def _over_tokens(
@@ -174,7 +180,10 @@ def run_figures(run: RunData) -> list[Figure]:
     figures += [_lift_lines(run, snapshots, name) for name in lifts]
     judged = [limit.metric for limit in run.view.limits()][:1] or shares[:1]
     figures += [_raster(run, snapshots, name) for name in judged]
-    rest = [name for name in metrics if name not in {*shares, *lifts, "r", "mode", "r_next"}]
+    spectrum = [name for name in metrics if name.startswith(SPECTRUM)]
+    if spectrum:
+        figures.append(_spectrum_lines(snapshots, spectrum))
+    rest = [name for name in metrics if name not in {*shares, *lifts, *spectrum, "r", "mode", "r_next"}]
     figures += [_band_figure(run, snapshots, name) for name in rest]
     return [figure for figure in figures if _has_numbers(figure)]
 
@@ -302,6 +311,28 @@ def _raster(run: RunData, snapshots: Sequence[Snapshot], metric: str) -> RasterF
         values=values,
         low=finite[int(0.02 * (len(finite) - 1))],
         high=finite[math.ceil(0.98 * (len(finite) - 1))],
+    )
+
+
+SPECTRUM = "singular_"  # and the per cent of the directions before it
+
+
+def _spectrum_lines(snapshots: Sequence[Snapshot], names: list[str]) -> LineFigure:
+    """Some singular values over training, the largest first."""
+    places = sorted(int(name.removeprefix(SPECTRUM)) for name in names)
+    lines = []
+    for i, at in enumerate(places):
+        band = _band(snapshots, f"{SPECTRUM}{at}", "largest" if at == 0 else f"after {at} % of the directions")
+        logs = [math.log10(max(value, 1e-12)) for value in band.y]
+        spread = [(math.log10(max(low, 1e-12)), math.log10(max(high, 1e-12))) for low, high in band.band]
+        lines.append(replace(band, y=logs, band=spread if i == 0 else ()))
+    return LineFigure(
+        key="spectrum",
+        title="Spectra over training",
+        caption="Singular values, logarithms to base 10; median over the layers, for the largest with their range.",
+        x_label="step",
+        y_label="log10 of the singular value",
+        lines=lines,
     )
 
 

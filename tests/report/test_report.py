@@ -69,6 +69,8 @@ def restarted_run(path: Path) -> Path:
                 "r": 96.0,
                 "mode": float(step > 20),
                 "stable_rank": 7.0,
+                "singular_0": 10.0,
+                "singular_50": 0.1,
             }
             records.append(analysis(step, {layer: numbers for layer in LAYERS}, restart=1))
         if step == 20:
@@ -92,7 +94,7 @@ def test_the_page_is_whole_and_needs_nothing_else(tmp_path) -> None:
         assert text in page
     for text in (
         "Throughput",
-        "Forgetting probe: probe/loss",
+        "Forgetting probe: loss on first-seen text",
         "stable rank",
         "Configuration of a",
         "prefers-color-scheme",
@@ -136,7 +138,16 @@ def test_every_metric_of_the_log_has_a_figure(tmp_path) -> None:
         "gradient_lift",
         "band_stable_rank",
         "raster_principal_alignment",
+        "spectrum",
     } <= keys
+    assert not any("singular" in key for key in keys)
+
+
+def test_the_spectrum_is_drawn_in_logarithms_largest_first(tmp_path) -> None:
+    figure = next(f for f in run_figures(load_run(restarted_run(tmp_path / "run"))) if f.key == "spectrum")
+    assert isinstance(figure, LineFigure)
+    assert [line.name for line in figure.lines] == ["largest", "after 50 % of the directions"]
+    assert [line.y[0] for line in figure.lines] == pytest.approx([1.0, -1.0])
 
 
 def test_embedded_csv_holds_the_numbers(tmp_path) -> None:
