@@ -103,6 +103,18 @@ def test_resume_with_as_many_ranks_is_exact(together, settings, tmp_path) -> Non
     assert losses(run) == losses(together)
 
 
+@pytest.mark.parametrize(("step", "where"), [(0, "training"), (6, "training"), (10, "evaluation")])
+def test_a_signal_to_the_whole_group(together, settings, tmp_path, step: int, where: str) -> None:
+    """In the first forward pass (where a GPU compiles), later, and in the middle of an evaluation."""
+    run = tmp_path / "run"
+    results = run_ranks(run, settings, 2, trouble={"rank": "all", "step": step, "what": f"signal in {where}"})
+    assert [code for code, _ in results] == [85, 85], results
+    assert records(run, "end")[-1]["step"] == step + (where == "training")
+    assert [code for code, _ in run_ranks(run, settings, 2, "--resume", "auto")] == [0, 0]
+    assert [r["step"] for r in records(run, "train")] == list(range(1, STEPS + 1))
+    assert losses(run) == losses(together)
+
+
 def test_one_veto_is_everybody_s(settings, tmp_path) -> None:
     run = tmp_path / "run"
     results = run_ranks(run, settings, 2, trouble={"rank": 1, "step": 7, "what": "veto"})
