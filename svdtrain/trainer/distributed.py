@@ -94,7 +94,8 @@ def announce_slurm_step() -> None:
     job = int(environ.get("SLURM_JOB_ID", "0"))
     environ["WORLD_SIZE"], environ["RANK"] = str(size), environ["SLURM_PROCID"]
     environ["LOCAL_RANK"] = environ.get("SLURM_LOCALID", "0")
-    environ.setdefault("MASTER_ADDR", first_host(nodes) or "127.0.0.1")
+    several = environ.get("SLURM_STEP_NUM_NODES") != "1"
+    environ.setdefault("MASTER_ADDR", (several and first_host(nodes)) or "127.0.0.1")
     environ.setdefault("MASTER_PORT", str(FIRST_PORT + job % NUM_PORTS))  # two jobs on one node do not collide
 
 
