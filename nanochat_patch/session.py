@@ -84,8 +84,7 @@ class Session:
 
     def _analyses_this_step(self) -> bool:
         assert self.svd is not None
-        config = self.svd.config
-        return config.svd_preset != "off" and self.svd.step % config.svd_interval == 0
+        return self.svd.watching and self.svd.step % self.svd.config.svd_interval == 0
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self.records.step_begins()
@@ -99,7 +98,7 @@ class Session:
         self._num_changes_seen = len(svd.changes)
         for event in svd.events():
             self.records.alert(step, event["level"], "svd", f"{event['name']}: {event['message']}")
-        if svd.config.svd_preset != "off" and (step - 1) % svd.config.svd_interval == 0:
+        if svd.watching and (step - 1) % svd.config.svd_interval == 0:
             self.records.analysed(step, svd.metrics())
             self._check_ranks(step)
 

@@ -66,7 +66,8 @@ class Bench:
 
     def train_step(self, monitored: bool) -> float:
         """One step; returns the seconds that the host spent in the controller."""
-        self.forward(self.inputs, self.targets).backward()
+        for _ in range(self.arguments.accumulate):
+            self.forward(self.inputs, self.targets).backward()
         if monitored:
             self.svd.project_gradients()
         self.optimizer.step()
@@ -238,7 +239,8 @@ def parse() -> argparse.Namespace:
     add("--steps", type=int, default=80, help="steps with and as many without monitoring; a multiple of the interval")
     add("--interval", type=int, default=20, help="svd_interval")
     add("--monitor-every", type=int, default=1, help="svd_monitor_every")
-    add("--batch", type=int, default=1, help="sequences per step")
+    add("--batch", type=int, default=1, help="sequences per pass")
+    add("--accumulate", type=int, default=1, help="passes over the batch per step")
     add("--seq", type=int, default=512, help="tokens per sequence")
     add("--vocab", type=int, default=4096)
     add("--only", nargs="+", default=None, help="sections: cost syncs switching recompiles memory")
@@ -254,7 +256,8 @@ def main() -> None:
     on_gpu = bench.device.type == "cuda"
     machine = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads"
     print(
-        f"torch {torch.__version__}, {machine}, depth {arguments.depth}, {arguments.batch} x {arguments.seq} tokens, "
+        f"torch {torch.__version__}, {machine}, depth {arguments.depth}, "
+        f"{arguments.accumulate} x {arguments.batch} x {arguments.seq} tokens a step, "
         f"{len(bench.svd.targets)} matrices watched every {arguments.monitor_every} steps, "
         f"interval {arguments.interval}"
     )

@@ -3,10 +3,10 @@
     python scripts/bench_nanochat.py --nanochat DIR                                            one GPU
     torchrun --standalone --nproc_per_node=2 scripts/bench_nanochat.py --nanochat DIR          several GPUs
 
-nanochat's own script trains; between steps this one turns the analyses on and off in turn, block by block, so that one
-process measures both. Then every watched matrix goes to low-rank mode, changes its rank a few times and comes back.
-Needs no network: documents and a tokenizer are made up. Packages that nanochat imports and this run does not use are
-replaced by empty ones where they are missing.
+nanochat's own script trains; between steps this one turns the monitoring of every step on and off in turn, block by
+block, so that one process measures both. Then every watched matrix goes to low-rank mode, changes its rank a few
+times and comes back. Needs no network: documents and a tokenizer are made up. Packages that nanochat
+imports and this run does not use are replaced by empty ones where they are missing.
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ class Block:
 
     name: str
     num_steps: int
-    interval: int
-    """Steps between analyses; 0: none."""
+    watching: bool = False
+    """Whether every matrix is looked at in every step."""
     action: str = ""
     """What is done to every matrix before the first step: lowrank, rank, full."""
 
@@ -112,18 +112,16 @@ class Block:
 def plan(arguments: argparse.Namespace) -> list[Block]:
     """Warm-up, the measured blocks in turn, then the switches."""
     steps = arguments.block_steps
-    blocks = [Block(name="warm-up", num_steps=arguments.warmup_steps, interval=0)]
+    blocks = [Block(name="warm-up", num_steps=arguments.warmup_steps, watching=True)]
     for _ in range(arguments.repeats):
-        for interval in arguments.intervals:
-            name = f"every {interval}" if interval else "off"
-            blocks.append(Block(name=name, num_steps=steps, interval=interval))
-    last = max(arguments.intervals)
-    blocks.append(Block(name="to low-rank", num_steps=2, interval=0, action="lowrank"))
-    blocks.append(Block(name="low-rank, off", num_steps=steps, interval=0))
-    blocks.append(Block(name=f"low-rank, every {last}", num_steps=steps, interval=last))
-    blocks += [Block(name="new rank", num_steps=2, interval=0, action="rank") for _ in range(arguments.rank_changes)]
-    blocks.append(Block(name="to full", num_steps=2, interval=0, action="full"))
-    blocks.append(Block(name="off", num_steps=steps, interval=0))
+        blocks.append(Block(name="off", num_steps=steps))
+        blocks.append(Block(name="watched", num_steps=steps, watching=True))
+    blocks.append(Block(name="to low-rank", num_steps=2, action="lowrank"))
+    blocks.append(Block(name="low-rank, off", num_steps=steps))
+    blocks.append(Block(name="low-rank, watched", num_steps=steps, watching=True))
+    blocks += [Block(name="new rank", num_steps=2, action="rank") for _ in range(arguments.rank_changes)]
+    blocks.append(Block(name="to full", num_steps=2, action="full"))
+    blocks.append(Block(name="off", num_steps=steps))
     return blocks
 
 
@@ -157,8 +155,8 @@ class Bench:
 
     def after_step(self, *_: Any) -> None:
         """Remember what this step was, and set up the next."""
-        svd, interval = self.session.svd, self.block.interval
-        self._was = (self.block.name, interval > 0 and (svd.step - 1) % interval == 0)
+        svd = self.session.svd
+        self._was = (self.block.name, self.block.watching and (svd.step - 1) % svd.config.svd_interval == 0)
         if self.block.name != "warm-up":
             self.graphs.append(compiled_graphs())
         self.prepare_next()
@@ -169,9 +167,7 @@ class Bench:
         if following is None:
             raise Done
         self.block, first = following
-        svd = self.session.svd
-        preset, interval = ("fast", self.block.interval) if self.block.interval else ("off", 1)
-        svd.config = dataclasses.replace(svd.config, svd_preset=preset, svd_interval=interval)
+        self.session.svd.watching = self.block.watching
         if first and self.block.action:
             started = now()
             self.act(self.block.action)
@@ -213,9 +209,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-seq-len", type=int, default=2048)
     parser.add_argument("--device-batch-size", type=int, default=32)
     parser.add_argument("--total-batch-size", type=int, default=524288, help="tokens per step")
-    parser.add_argument("--intervals", type=int, nargs="+", default=[0, 20], help="blocks in turn; 0 is off")
-    parser.add_argument("--block-steps", type=int, default=20)
-    parser.add_argument("--warmup-steps", type=int, default=20, help="a multiple of the largest interval")
+    parser.add_argument("--interval", type=int, default=20, help="svd_interval: steps between decisions")
+    parser.add_argument("--block-steps", type=int, default=20, help="a multiple of the interval")
+    parser.add_argument("--warmup-steps", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--rank-changes", type=int, default=3)
     parser.add_argument("--targets", default="attn")
@@ -321,7 +317,7 @@ def measure(arguments: argparse.Namespace, base: Path) -> dict[str, Any]:
     from svdtrain.config import SVDConfig
 
     where = options.Launch(nanochat=arguments.nanochat, run_dir=str(base / "run"))
-    svd = SVDConfig(svd_targets=arguments.targets, svd_switching=False)
+    svd = SVDConfig(svd_targets=arguments.targets, svd_interval=arguments.interval, svd_switching=False)
     arguments.json = str(Path(arguments.json).resolve()) if arguments.json else ""
     session = launch.prepare(options.Options(launch=where, svd=svd))
     bench = Bench(session, plan(arguments))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import platform
 from collections.abc import Callable, Sequence
@@ -17,10 +16,12 @@ from ssm_blocks.adapter import AttentionAdapter, mixer_factory
 from ssm_blocks.mixer import non_matrix_parameters
 from svdtrain.config import ModelConfig, RunConfig
 from svdtrain.data.stream import Batch, PreparedData, ReplayStream, TokenStream, prepare, validation_batches
+from svdtrain.evaluation import CoreBundle
 from svdtrain.hooks.adaptive_svd import AdaptiveSVDHook
 from svdtrain.hooks.alarm import AlarmHook
 from svdtrain.hooks.alerts import AlertRules, Notifier
 from svdtrain.hooks.console import ConsoleSink
+from svdtrain.hooks.core_metric import CoreMetric
 from svdtrain.hooks.forgetting import ForgettingHook
 from svdtrain.hooks.guards import NonFiniteGuard
 from svdtrain.hooks.preemption import Preemption
@@ -143,16 +144,10 @@ def build_model(config: RunConfig, vocab_size: int, device: torch.device) -> GPT
 
 
 def _mixer_factory(config: ModelConfig) -> MixerFactory:
-    """Attention, a mixer of ssm_blocks, or MODULE:NAME, where importing MODULE registers NAME."""
+    """Attention, or what `ssm_blocks.mixer.mixer_class` knows by that name."""
     if config.mixer == "attention":
         return CausalSelfAttention
-    module, _, name = config.mixer.rpartition(":")
-    if module:
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            raise ValueError(f"--mixer {config.mixer}: cannot import {module} ({error})") from error
-    return mixer_factory(name, CausalSelfAttention, config.mixer_pattern)
+    return mixer_factory(config.mixer, CausalSelfAttention, config.mixer_pattern)
 
 
 def build_hooks(
@@ -175,9 +170,12 @@ def build_hooks(
     hooks.append(AlertRules(notifier if log.alert_command or log.alert_webhook else None))
     prompts = PROMPTS.get(config.data.data, DEFAULT_PROMPTS)
     hooks.append(SampleText(prompts, every=config.train.sample_every))
+    if config.data.core_bundle:
+        bundle = CoreBundle.read(Path(config.data.core_bundle).expanduser(), config.train.core_max_per_task)
+        hooks.append(CoreMetric(bundle, every=config.train.core_every))
     hooks.append(JsonlSink())
     if log.wandb != "disabled":
-        hooks.append(WandbSink(log.wandb, project=log.wandb_project))
+        hooks.append(WandbSink(log.wandb, project=log.wandb_project, entity=log.wandb_entity))
     if world.is_main:
         hooks.append(ConsoleSink(console))
     return hooks

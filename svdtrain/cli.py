@@ -54,7 +54,7 @@ GROUPS: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(
 DESCRIPTION = """Train a GPT on real text while adaptive SVD watches and switches its matrices.
 
 The least you can type: `svdtrain --depth 4 --device cpu`. `--prepare-only` tokenises the text into the cache and stops.
-Rarer settings are not listed here; they are flags and keys of --config all the same: see svdtrain/config.py."""
+Rarer settings are not listed here; they are flags and keys of --config all the same: see svdtrain/config/."""
 
 
 @dataclass(frozen=True, kw_only=True)

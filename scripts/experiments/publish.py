@@ -119,23 +119,46 @@ def _lowrank_share(row: Row) -> float:
 
 
 def _clobbering(arms: dict[str, list[Row]]) -> str:
-    """The strongest event that switched a matrix, with its numbers."""
+    """The strongest event of either kind under the calibrated rule, with its numbers."""
+    rows = arms.get("calibrated-rule", [])
+    return f"Under the calibrated rule, in {len(rows)} runs:\n\n* {_rotations(rows)}\n* {_alarms(rows)}"
+
+
+def _rotations(rows: list[Row]) -> str:
     events = [
         (change["diagnostics"]["rotation_ratio"], row, change)
-        for row in arms.get("calibrated-rule", [])
+        for row in rows
         for change in _switches(row)
         if change["reason"] == "gradient_clobbering_risk"
     ]
     if not events:
-        return "No clobbering event in any run of the calibrated rule."
+        return "no matrix was switched by its spectrum."
     rotation, row, change = max(events, key=lambda event: event[0])
     numbers = change["diagnostics"]
     return (
-        f"Clobbering events that switched a matrix under the calibrated rule: {len(events)} in "
-        f"{len(arms['calibrated-rule'])} runs. The strongest: {change['layer']} at step {change['step']} (seed "
-        f"{row['seed']}): the principal subspace turned {rotation:.1f} times what the size of the update explains, the "
-        f"update lay {numbers['update_lift']:.2f} times chance in the principal directions (z "
-        f"{numbers['update_z']:.1f}); switched to r = {change['r_new']}."
+        f"{len(events)} switches because a spectrum showed clobbering. The strongest: {change['layer']} at step "
+        f"{change['step']} (seed {row['seed']}): the principal subspace turned {rotation:.1f} times what the size of "
+        f"the update explains, the update lay {numbers['update_lift']:.2f} times chance in the principal directions "
+        f"(z {numbers['update_z']:.1f}); switched to r = {change['r_new']}."
+    )
+
+
+def _alarms(rows: list[Row]) -> str:
+    events = [(alarm["harm"], row, alarm) for row in rows for alarm in row.get("alarms", [])]
+    if not events:
+        return "no alarm was raised."
+    harm, row, alarm = max(events, key=lambda event: event[0])
+    worst = alarm["matrices"][0] if alarm["matrices"] else None
+    through = (
+        f", most of it through {worst['name']}: {worst['nats']:+.4f} nats in twenty steps or less, "
+        f"{worst['left_principal'] / worst['nats']:.0%} of that by its principal left directions (a quarter of all), "
+        f"{worst['input_principal'] / worst['nats']:.0%} by the principal inputs"
+        if worst and "left_principal" in worst and "input_principal" in worst
+        else ""
+    )
+    return (
+        f"{len(events)} alarms: first-seen text was being lost. The strongest: step {alarm['step']} (seed "
+        f"{row['seed']}), {harm:.3f} nats a token{through}; found by {alarm['trigger']}."
     )
 
 

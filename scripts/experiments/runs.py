@@ -94,6 +94,11 @@ def summarise(arm: Arm, run: Path) -> dict[str, Any]:
             for r in records
             if r["kind"] == "switch"
         ],
+        "alarms": [
+            {"step": r["step"], "trigger": r["trigger"], "harm": r["alarm/harm"], "matrices": r["matrices"]}
+            for r in records
+            if r["kind"] == "alarm" and r["transition"] == "raised"
+        ],
         "layers": layer_series(records),
         "samples": [{"prompt": r["prompt"], "text": r["text"]} for r in records if r["kind"] == "sample"][-2:],
         "train_s": round(sum(r["train/dt"] for r in records if r["kind"] == "train"), 1),

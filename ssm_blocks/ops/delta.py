@@ -7,9 +7,12 @@ solve (I + tril(diag(beta) K K^T * exp(G_t - G_j), -1)) U = diag(beta) (V - exp(
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from ssm_blocks.ops.carry import decayed_carry, delta_carry
 from ssm_blocks.ops.inverse import invert_unit_lower, solve_unit_lower
 
 
@@ -27,16 +30,46 @@ def chunk_delta_rule(
 
     inverse: how a chunk's triangular system is solved, see `inverse.invert_unit_lower`.
     """
+    parts = chunk_delta_parts(q, k, v, beta, log_decay, S, chunk, inverse)
+    return parts.o, parts.S
+
+
+class DeltaParts(NamedTuple):
+    """o [B, T, H, V], the last S, S at each chunk's start, pseudo-values [B, H, N, C, V], tokens per chunk."""
+
+    o: Tensor
+    S: Tensor
+    starts: list[Tensor]
+    news: Tensor
+    chunk: int
+
+
+def chunk_delta_parts(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    S: Tensor,
+    chunk: int,
+    inverse: str,
+    in_turn: bool = False,
+) -> DeltaParts:
+    """`chunk_delta_rule` with what it goes through on the way; in_turn: see `carry.delta_carry`."""
     length = q.size(1)
     chunk = min(chunk, length)
+    q, k, v, beta = (fold(x, chunk) for x in (q, k, v, beta))
     if log_decay is None:
-        log_decay = torch.zeros_like(beta)
-    q, k, v, beta, log_decay = (fold(x, chunk) for x in (q, k, v, beta, log_decay))
-    total, decay = decay_matrix(log_decay)
+        total, decay = None, q.new_ones(chunk, chunk).tril()
+        seen, left = q, k
+    else:
+        total, decay = decay_matrix(fold(log_decay, chunk))
+        seen, left = total.exp().unsqueeze(-1) * q, k * (total[..., -1:] - total).exp().unsqueeze(-1)
     W, U = _pseudo_values(k, v, beta, total, decay, inverse)
-    starts, news, S = _carry(k * (total[..., -1:] - total).exp().unsqueeze(-1), U, W, total[..., -1], S)
-    scores = (q @ k.mT * decay) @ news
-    return unfold(total.exp().unsqueeze(-1) * (q @ starts) + scores, length), S
+    starts, S = delta_carry(left, U, W, None if total is None else total[..., -1], S, in_turn)
+    begin = torch.stack(starts, 2)
+    news = U - W @ begin
+    return DeltaParts(unfold(seen @ begin + (q @ k.mT * decay) @ news, length), S, starts, news, chunk)
 
 
 def chunk_linear_attention(
@@ -46,9 +79,8 @@ def chunk_linear_attention(
     length = q.size(1)
     q, k, v, log_decay = (fold(x, min(chunk, length)) for x in (q, k, v, log_decay))
     total, decay = decay_matrix(log_decay)
-    starts, _, S = _carry(k * (total[..., -1:] - total).exp().unsqueeze(-1), v, None, total[..., -1], S)
-    o = total.exp().unsqueeze(-1) * (q @ starts) + (q @ k.mT * decay) @ v
-    return unfold(o, length), S
+    starts, S = decayed_carry(k * (total[..., -1:] - total).exp().unsqueeze(-1), v, total[..., -1], S)
+    return unfold((total.exp().unsqueeze(-1) * q) @ starts + (q @ k.mT * decay) @ v, length), S
 
 
 def fold(x: Tensor, chunk: int) -> Tensor:
@@ -73,23 +105,13 @@ def decay_matrix(log_decay: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _pseudo_values(
-    k: Tensor, v: Tensor, beta: Tensor, total: Tensor, decay: Tensor, inverse: str
+    k: Tensor, v: Tensor, beta: Tensor, total: Tensor | None, decay: Tensor, inverse: str
 ) -> tuple[Tensor, Tensor]:
     """W = T exp(G) K and U = T V with T the chunk's triangular inverse times diag(beta); the u_t are U - W S_0."""
     scaled = beta.unsqueeze(-1) * k
     L = (scaled @ k.mT * decay).tril(-1)
-    right = torch.cat([total.exp().unsqueeze(-1) * scaled, beta.unsqueeze(-1) * v], -1)
+    seen = scaled if total is None else total.exp().unsqueeze(-1) * scaled
+    right = torch.cat([seen, beta.unsqueeze(-1) * v], -1)
     solved = solve_unit_lower(L, right) if inverse == "solve" else invert_unit_lower(L, inverse) @ right
     W, U = solved.split([k.size(-1), v.size(-1)], -1)
     return W, U
-
-
-def _carry(k: Tensor, U: Tensor, W: Tensor | None, chunk_decay: Tensor, S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The state at the start of every chunk [B, H, N, K, V], all pseudo-values [B, H, N, C, V], and the last state."""
-    starts, news = [], []
-    for n in range(k.size(2)):
-        starts.append(S)
-        new = U[:, :, n] if W is None else U[:, :, n] - W[:, :, n] @ S
-        S = chunk_decay[:, :, n, None, None].exp() * S + k[:, :, n].mT @ new
-        news.append(new)
-    return torch.stack(starts, 2), torch.stack(news, 2), S

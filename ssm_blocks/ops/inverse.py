@@ -35,17 +35,26 @@ def _solve_inverse(L: Tensor) -> Tensor:
 def block_inverse(L: Tensor, smallest: int = 16) -> Tensor:
     """(I + L)^{-1} by halves: [[A, 0], [C, B]]^{-1} = [[A', 0], [-B' C A', B']]; solves blocks of <= `smallest`.
 
-    Mostly matrix products, which is what matrix units want, and as stable as substitution.
+    Mostly matrix products, which is what matrix units want, and as stable as substitution. All blocks of a size go at
+    once; sizes that do not halve evenly down to `smallest` are solved whole.
     """
     n = L.size(-1)
-    if n <= smallest:
+    count = n // smallest
+    if n % smallest or count & (count - 1) or count < 2:
         return _solve_inverse(L)
-    half = n // 2
-    A = block_inverse(L[..., :half, :half], smallest)
-    B = block_inverse(L[..., half:, half:], smallest)
-    C = -B @ L[..., half:, :half] @ A
-    zero = torch.zeros_like(C).mT
-    return torch.cat([torch.cat([A, zero], -1), torch.cat([C, B], -1)], -2)
+    inverse, size = _solve_inverse(_diagonal_blocks(L, smallest)), smallest
+    while size < n:
+        A, B = inverse.unflatten(-3, (-1, 2)).unbind(-3)  # neighbours on the diagonal
+        C = -B @ _diagonal_blocks(L, 2 * size)[..., size:, :size] @ A
+        upper = torch.cat([A, torch.zeros_like(C)], -1)
+        inverse, size = torch.cat([upper, torch.cat([C, B], -1)], -2), 2 * size
+    return inverse.squeeze(-3)
+
+
+def _diagonal_blocks(L: Tensor, size: int) -> Tensor:
+    """[..., n, n] -> [..., n / size, size, size]."""
+    blocks = L.unflatten(-1, (-1, size)).unflatten(-3, (-1, size))  # [..., rows, size, columns, size]
+    return blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
 
 
 def neumann_inverse(L: Tensor, tolerance: float | None = None) -> Tensor:

@@ -17,7 +17,7 @@ from svdtrain.adaptive.analysis import History, decompose_all, measure, starting
 from svdtrain.adaptive.factors import FactoredWeight
 from svdtrain.adaptive.guard import UpdateGuard
 from svdtrain.adaptive.monitor import Monitor
-from svdtrain.adaptive.policy import CALIBRATED_PRESETS, Measurement, should_use_lowrank_training
+from svdtrain.adaptive.policy import Measurement, should_use_lowrank_training
 from svdtrain.adaptive.registration import Adapter, Reregister
 from svdtrain.adaptive.shadow import Shadow
 from svdtrain.adaptive.sharded import refuse_sharded
@@ -60,8 +60,10 @@ class AdaptiveSVD:
         self._optimizer = optimizer
         self._adapter: Adapter = adapter or self._default_adapter(optimizer, found)
         self._transitions = Transitions(self.config, self._adapter)
-        watching = self.config.svd_preset != "off" and self.config.svd_engine == "tracked"
-        self._monitor = Monitor(self.config, self.targets, group) if watching else None
+        self.watching = self.config.svd_preset != "off"
+        """Set it to False to look at nothing and decide nothing for a while; low-rank matrices train on as they are."""
+        tracked = self.watching and self.config.svd_engine == "tracked"
+        self._monitor = Monitor(self.config, self.targets, group) if tracked else None
         self.held: set[str] = set()
         """Matrices that keep their mode whatever the policy says: an alarm has put them there."""
         self._interference: dict[str, float] = {}
@@ -94,10 +96,10 @@ class AdaptiveSVD:
         changes: list[Change] = []
         if stepped:
             self._apply_step()
-            deciding = self.config.svd_preset != "off" and step % self.config.svd_interval == 0
-            if self._monitor is not None:
+            deciding = step % self.config.svd_interval == 0
+            if self.watching and self._monitor is not None:
                 changes = self._watch(self._monitor, step, deciding)
-            elif deciding:
+            elif self.watching and deciding:
                 changes = self._analyse(step)
         self.clear_gradients()
         return changes
@@ -370,7 +372,7 @@ class AdaptiveSVD:
             r=r,
             step=step,
             warmup=config.svd_warmup,
-            calibrated=CALIBRATED_PRESETS[config.svd_preset] if config.svd_rule == "calibrated" else None,
+            calibrated=config.calibrated,
             analyses_in_mode=target.analyses_in_mode if target.num_switches else None,
             min_dwell=config.svd_min_dwell,
         )

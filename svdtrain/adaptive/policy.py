@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from svdtrain.config import PolicyThresholds
+from svdtrain.config import CalibratedThresholds, PolicyThresholds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,34 +50,6 @@ class Measurement:
     """<G_ref, dW> in nats: first-order change of the loss on reference data by this matrix; positive is harm."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class CalibratedThresholds:
-    """Numbers of the calibrated rule. Danger begins above `lift` (with `z`) or `rotation`, ends below `calm_lift`."""
-
-    lift: float
-    """Times chance from which an update or gradient counts as directed at the principal directions."""
-    z: float
-    """Standard deviations that the same share must lie above chance."""
-    calm_lift: float
-    """Times chance below which the danger is over: less than `lift`, so noise around one value switches nothing."""
-    rotation: float
-    """rho from which the principal subspace turns more than the size of the update explains. A rank-one update that
-    does nothing else reaches m n / (k (m - k)), which is 4 for a square matrix cut in the middle."""
-    established: float = 0.5
-    """||dW|| / ||W|| between two analyses above which there is nothing to clobber yet: W, often zero at first, still
-    consists of its last updates, which then look aligned with it."""
-
-    def __post_init__(self) -> None:
-        if not self.calm_lift < self.lift:
-            raise ValueError(f"calm_lift ({self.calm_lift}) must be below lift ({self.lift})")
-
-
-# Chosen from 200 quiet steps of a depth-4 GPT under Muon, 16 matrices, 320 analyses: lift of the applied update 1.0 to
-# 1.3 once established, rotation ratio .85 in the median, above 2 in about 2 % and above 3 in under 1 % of them.
-CALIBRATED_PRESETS: dict[str, CalibratedThresholds] = {
-    "conservative": CalibratedThresholds(lift=2.0, z=4.0, calm_lift=1.5, rotation=3.0),
-    "fast": CalibratedThresholds(lift=1.5, z=3.0, calm_lift=1.25, rotation=2.0),
-}
 _TO_LOWRANK = frozenset({"gradient_clobbering_risk", "optimal_lowrank_conditions"})
 _TO_FULL = frozenset({"nothing_to_train", "reconstruction_unsafe", "risk_over"})
 

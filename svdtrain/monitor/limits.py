@@ -7,14 +7,10 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from svdtrain.config import SVD_PRESETS
+from svdtrain.config import CALIBRATED_PRESETS, SVD_PRESETS
 
 SHARE_MARGIN = 0.05
 RELATIVE_MARGIN = 0.05
-
-# Of the calibrated rule (evidence against chance): lift, z, lift at which danger is over, rotation ratio.
-CALIBRATED = {"conservative": (2.0, 4.0, 1.5, 3.0), "fast": (1.5, 3.0, 1.25, 2.0)}
-ESTABLISHED = 0.5  # ||dW|| / ||W|| above which a matrix still consists of its last updates: nothing to clobber yet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +50,10 @@ def limits_of(config: dict[str, Any], metrics: Collection[str]) -> list[Limit]:
     svd = config.get("svd") or {}
     preset = svd.get("svd_preset", "fast")
     thresholds = SVD_PRESETS.get(preset, SVD_PRESETS["conservative"])
-    lift, z, calm_lift, rotation = CALIBRATED.get(preset, CALIBRATED["conservative"])
+    calibrated = CALIBRATED_PRESETS.get(preset, CALIBRATED_PRESETS["conservative"])
     if svd.get("svd_rule") == "calibrated":
-        directed, settled = ("update_z", z, True), ("update_size", ESTABLISHED, False)
+        lift, calm_lift, rotation = calibrated.lift, calibrated.calm_lift, calibrated.rotation
+        directed, settled = ("update_z", calibrated.z, True), ("update_size", calibrated.established, False)
         found = [
             Limit(
                 metric="update_lift", bound=lift, margin=RELATIVE_MARGIN * lift, mode=0, requires=(directed, settled)

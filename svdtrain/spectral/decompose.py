@@ -10,8 +10,11 @@ goes to `torch.linalg.svd`, because there the squaring would show.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -20,6 +23,7 @@ log = logging.getLogger(__name__)
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
 
 _MAX_BATCH_ELEMENTS = 1 << 26  # float64 working copies stay under 512 MiB each
+_STREAMS = 4
 _NEARLY_ORTHONORMAL = 0.1  # largest entry of X^T X - I for which one Cholesky pass restores float64 orthonormality
 _JITTER = 1e-9  # of the largest entry: far below float32 resolution, enough to move a failing iteration
 
@@ -120,7 +124,7 @@ def gram_svd(W: Tensor) -> Decomposition:
     if W.shape[-2] < W.shape[-1]:
         flipped = gram_svd(W.mT)
         return Decomposition(flipped.V, flipped.S, flipped.U)
-    V = torch.linalg.eigh(W.mT @ W).eigenvectors.flip(-1)
+    V = _eigenvectors(W.mT @ W).flip(-1)
     X = W @ V
     S = torch.linalg.vector_norm(X, dim=-2)
     S, order = S.sort(dim=-1, descending=True, stable=True)  # rounding can swap values that are zero or equal
@@ -129,6 +133,43 @@ def gram_svd(W: Tensor) -> Decomposition:
     # Divide by the smallest normal, not by zero: a zero column stays zero and is completed below.
     X = X / S.clamp_min(torch.finfo(torch.float64).tiny).unsqueeze(-2)
     return Decomposition(_orthonormal_columns(X), S, V)
+
+
+_loading = threading.Lock()
+
+
+@lru_cache
+def _load_library(device: torch.device) -> None:
+    torch.linalg.eigh(torch.eye(2, device=device))
+
+
+def load_library(device: torch.device) -> None:
+    """The first call into a GPU's linear algebra loads a library, which must not happen in two threads at once."""
+    with _loading:
+        _load_library(device)
+
+
+def _eigenvectors(H: Tensor) -> Tensor:
+    """Of symmetric H [..., n, n], eigenvalues ascending. On a GPU a batch is shared by threads with a stream each: one
+    problem of this size leaves most of the device idle, and the library takes them one after the other."""
+    batch = H.shape[:-2].numel()
+    if not H.is_cuda or batch < 2:
+        return torch.linalg.eigh(H).eigenvectors
+    load_library(H.device)
+    here = torch.cuda.current_stream(H.device)
+
+    def solve(part: Tensor) -> Tensor:
+        stream = torch.cuda.Stream(H.device)
+        stream.wait_stream(here)
+        with torch.no_grad(), torch.cuda.stream(stream):
+            vectors = torch.linalg.eigh(part).eigenvectors
+        vectors.record_stream(here)
+        here.wait_stream(stream)
+        return vectors
+
+    with ThreadPoolExecutor(_STREAMS) as pool:
+        parts = list(pool.map(solve, H.flatten(0, -3).chunk(_STREAMS)))
+    return torch.cat(parts).view_as(H)
 
 
 def lapack_svd(W: Tensor) -> Decomposition:

@@ -23,8 +23,7 @@ def squared_norm(X: Tensor) -> Tensor:
 
 def safe_ratio(numerator: Tensor, denominator: Tensor, otherwise: float = 0.0) -> Tensor:
     """numerator / denominator, and `otherwise` where the denominator is not positive."""
-    positive = denominator > 0
-    return torch.where(positive, numerator / torch.where(positive, denominator, 1.0), otherwise)
+    return torch.where(denominator > 0, numerator / denominator, otherwise)
 
 
 # --- angles between subspaces -----------------------------------------------------------------------------------------

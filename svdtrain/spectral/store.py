@@ -112,7 +112,7 @@ class BasisStore:
         self.where: dict[str, tuple[Bucket, int]] = {}
 
     def set_cuts(self, cuts: Mapping[str, int]) -> None:
-        """Set k of some matrices; a basis too narrow for its new k is marked for an exact analysis."""
+        """Set k of some matrices; a basis that knows fewer directions is marked for an exact analysis."""
         for name, k in cuts.items():
             g = min(self.shapes[name])
             if not 0 <= k <= g:
@@ -215,5 +215,15 @@ class BasisStore:
         target.spectrum[i].copy_(source.spectrum[j])
         target.reference[i].copy_(source.reference[j])
         row.filled = min(row.filled, columns)
-        if row.filled < target.width:
-            row.exact_next = True
+        if row.cut > row.filled or not row.valid:
+            row.exact_next = True  # principal directions that nothing is known of
+        elif row.filled < target.width:
+            self._fill(target, i, row.filled)
+
+    def _fill(self, bucket: Bucket, i: int, start: int) -> None:
+        """Random unit columns from `start` on, for a basis that grew: iterations turn them; the spectrum is known."""
+        generator = torch.Generator(bucket.V.device).manual_seed(start)
+        for X in (bucket.U, bucket.V):
+            new = torch.randn(X.shape[1], bucket.width - start, generator=generator, dtype=X.dtype, device=X.device)
+            X[i, :, start:] = new / X.shape[1] ** 0.5
+        bucket.S[i, start:] = bucket.spectrum[i, start : bucket.width]

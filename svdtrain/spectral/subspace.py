@@ -16,6 +16,7 @@ ways round it exploit that:
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -33,6 +34,8 @@ _BLOCK = 32  # up to here batched eigh is one kernel on CUDA
 _REFINE_SWEEPS = 3
 _HYBRID_SWEEPS = 2
 _CPU_THREADS = 8
+_MAX_DEGREE = 8
+_GROWTH = 1e3
 _NEWTON_SCHULZ = 2  # steps that orthonormalise I + X after its norm was bounded
 
 
@@ -206,16 +209,62 @@ def warm_steps(
     tolerance: float = 0.0,
     max_iterations: int = 1,
 ) -> WarmStep:
-    """Warm steps until every residual is under `tolerance`, at most `max_iterations`; staleness is the first step's.
+    """A warm step; then, for the matrices whose residual is over `tolerance`, filtered ones, at most `max_iterations`
+    in all. staleness is the first step's.
 
     Looking at the residual waits for the device; with max_iterations = 1 nothing waits.
     """
-    result = first = warm_step(W, U, S, V, way=way, cut=cut)
+    result = warm_step(W, U, S, V, way=way, cut=cut)
     for _ in range(max_iterations - 1):
-        if not bool((result.ok & (result.residual > tolerance)).any()):
+        behind = (result.ok & (result.residual > tolerance)).tolist()
+        rows = [i for i, is_behind in enumerate(behind) if is_behind]
+        if not rows:
             break
-        result = warm_step(W, result.U, result.S, result.V, way=way, cut=cut, WV=result.WV)
-    return WarmStep(result.U, result.S, result.V, result.residual, first.staleness, first.ok & result.ok, result.WV)
+        result = _filtered_step(result, rows, W, way, cut)
+    return result
+
+
+def _filtered_step(last: WarmStep, rows: list[int], W: Tensor, way: RitzWay, cut: Tensor | None) -> WarmStep:
+    """`last` with one more step of some rows, from right vectors that a polynomial turned to the leading ones."""
+    if len(rows) < W.shape[0]:
+        W, cut = W[rows], None if cut is None else cut[rows]
+    fields = ("U", "S", "V", "residual", "ok", "WV")
+    U, S, V, _, _, WV = (getattr(last, field)[rows] for field in fields)
+    step = warm_step(W, U, S, chebyshev_filter(W, V, WV, S), way=way, cut=cut)
+    keep = step.ok  # otherwise the last step's result stands, and its residual says how good it is
+    merged = {"staleness": last.staleness}
+    for field in fields[:-2]:
+        old, new = getattr(last, field), getattr(step, field)
+        merged[field] = old.clone()
+        merged[field][rows] = torch.where(keep.view(-1, *[1] * (new.dim() - 1)), new, old[rows])
+    merged["ok"], merged["WV"] = last.ok, last.WV.clone()
+    merged["WV"][rows] = torch.where(keep[:, None, None], step.WV, WV)
+    return WarmStep(**merged)
+
+
+def chebyshev_filter(W: Tensor, V: Tensor, WV: Tensor, S: Tensor) -> Tensor:
+    """T_d(W^T W) V, T_d the Chebyshev polynomial that stays within 1 on [0, s_l^2] and grows fastest beyond: nothing
+    made of d products separates the leading directions better (Zhou, Saad, Tiago, Chelikowsky 2006).
+
+    W [b, m, n], V [b, n, l] orthonormal, WV = W V, S [b, l] descending. The degree is the largest for which the top
+    direction grows by at most a thousand against the last, beyond which columns become parallel in float32. Waits for
+    the device to know it.
+    """
+    last = S[:, -1:].clamp_min(torch.finfo(S.dtype).tiny)
+    top = float((2 * (S[:, :1] / last).square() - 1).nan_to_num(math.inf).amax())
+    degree = _largest_degree(top)
+    scale = (2 / last.square())[..., None]
+    before, now = V, scale * (W.mT @ WV) - V
+    for _ in range(degree - 1):
+        before, now = now, 2 * (scale * (W.mT @ (W @ now)) - now) - before
+    return now
+
+
+def _largest_degree(top: float) -> int:
+    """Largest d <= 8 with T_d(top) <= 1,000; at least 1, which is a plain iteration."""
+    if not 1 < top < _GROWTH:
+        return 1 if top >= _GROWTH else _MAX_DEGREE
+    return max(1, min(_MAX_DEGREE, int(math.acosh(_GROWTH) / math.acosh(top))))
 
 
 def _column_mask(S: Tensor, cut: Tensor | None) -> Tensor:

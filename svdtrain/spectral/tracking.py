@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from svdtrain.spectral.analysis import Job, Part, RowResult, run_job
-from svdtrain.spectral.decompose import Decomposition
+from svdtrain.spectral.decompose import Decomposition, load_library
 from svdtrain.spectral.fast_lane import FastLane
 from svdtrain.spectral.lanes import FAST_COLUMNS, SLOW_COLUMNS, Basis, fast_values, slow_values
 from svdtrain.spectral.sharding import own_part, share_rows
@@ -62,7 +62,8 @@ class TrackerSettings:
     """||W V - U S||_F / ||S||_2 of the principal columns that warm iterations must reach; about a tenth of the error
     of the largest angle, radians. Where they do not, the next analysis is exact."""
     max_iterations: int = 4
-    """Warm iterations of one analysis at most. With 1 nothing looks at the residual before the analysis ends."""
+    """Warm iterations of one analysis at most, filtered ones from the second on. With 1 nothing looks at the residual
+    before the analysis ends."""
     skip_tolerance: float = 0.0
     """The same of the *old* basis, below which an analysis is skipped; 0: never."""
     ritz: RitzWay | Literal["auto"] = "auto"
@@ -116,6 +117,8 @@ class SubspaceTracker:
         self._store.set_cuts(cuts)
         device = next(iter(weights.values())).device
         on_gpu = device.type == "cuda"
+        if on_gpu:
+            load_library(device)  # before there are threads
         own = self.settings
         self._stagger = own.stagger or (_STAGGER if on_gpu else _STAGGER_ON_CPU)
         self._fast = FastLane(device, own.fast_dtype, own.participation_every, own.gradient_right_side)
@@ -245,7 +248,7 @@ class SubspaceTracker:
             self._store.rows[name].exact_next = True
 
     def set_cuts(self, cuts: Mapping[str, int]) -> None:
-        """Set k of some matrices. A basis that is too narrow for its new k becomes exact at the next analysis."""
+        """Set k of some matrices. A basis with fewer columns than the new k becomes exact at the next analysis."""
         self.settle()
         self._store.set_cuts(cuts)
 

@@ -72,7 +72,7 @@ def init_world(device_type: str, on_loss: Callable[[str], Any] | None = None) ->
     with collective(f"meeting of {size} ranks at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"):
         if not dist.is_initialized():
             backend = "nccl" if device_type == "cuda" else "gloo"
-            store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+            store, rank, size = next(dist.rendezvous("env://", timeout=timeout))  # pyright: ignore[reportPrivateImportUsage]
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         control_group = dist.new_group(backend="gloo", timeout=timeout)
         save_group = dist.new_group(backend="gloo", timeout=timeout)

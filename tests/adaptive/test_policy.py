@@ -6,13 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from svdtrain.adaptive.policy import (
-    CALIBRATED_PRESETS,
-    CalibratedThresholds,
-    Measurement,
-    should_use_lowrank_training,
-)
-from svdtrain.config import SVD_PRESETS
+from svdtrain.adaptive.policy import Measurement, should_use_lowrank_training
+from svdtrain.config import CALIBRATED_PRESETS, SVD_PRESETS, CalibratedThresholds
 
 CALM = {
     "principal_alignment": 0.2,

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from svdtrain.cli import main
+from tests.evaluation.test_core import write_bundle
 from tests.main_job import records, tiny_settings, write_corpus
 
 
@@ -93,6 +94,7 @@ def test_two_runs_are_identical(tmp_path, corpus) -> None:
         (["--total-batch-size", "300"], "--total-batch-size"),
         (["--svd-targets", "no_such_matrix"], "no_such_matrix"),
         (["--svd-targets", "["], "["),
+        (["--core-bundle", "/nowhere/bundle"], "/nowhere/bundle"),
     ],
 )
 def test_what_the_user_must_change_is_one_line_and_exit_code_2(tmp_path, corpus, capsys, flags, words) -> None:
@@ -101,6 +103,14 @@ def test_what_the_user_must_change_is_one_line_and_exit_code_2(tmp_path, corpus,
     assert words in error
     assert error.count("\n") == 1
     assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_core_is_scored_in_the_loop_and_at_the_end(tmp_path, corpus) -> None:
+    bundle = write_bundle(tmp_path / "bundle")
+    assert main(arguments(tmp_path, corpus, "--core-bundle", str(bundle), "--core-every", "20")) == 0
+    scored = [(r["step"], r["core_metric"]) for r in records(tmp_path / "run", "eval") if "core_metric" in r]
+    assert [step for step, _ in scored] == [20, 40]
+    assert all(math.isfinite(score) for _, score in scored)
 
 
 def test_nan_loss_is_vetoed_recorded_and_stops_after_three(tmp_path, corpus, capsys, monkeypatch) -> None:

@@ -104,7 +104,7 @@ def test_both_sides_mean_the_same_exit_code() -> None:
 
 def test_the_snapshot_is_taken_once_and_runs_itself(tmp_path) -> None:
     entry = take_snapshot(tmp_path, ["--depth", "2"])
-    config = tmp_path / "code" / "svdtrain" / "config.py"
+    config = tmp_path / "code" / "svdtrain" / "config" / "run.py"
     config.write_text(config.read_text().replace('"d4": defaults', '"only-in-the-copy": defaults'))
     assert take_snapshot(tmp_path, ["--depth", "9"]) == entry
     assert json.loads((tmp_path / "code" / "launch.json").read_text())["flags"] == ["--depth", "2"]

@@ -118,3 +118,36 @@ def test_staleness_is_zero_only_for_this_matrix() -> None:
     scaled = Q.staleness_of(1.1 * W, U, S, V, cut)  # the off-diagonal alone would not see this
     torch.testing.assert_close(scaled, torch.tensor([0.1, 0.1, 0.0]), atol=1e-4, rtol=0)
     assert float(Q.offdiagonal_share(1.1 * W, V).max()) < 1e-4
+
+
+@pytest.mark.parametrize("outlier", [0.0, 4.0, 60.0])
+@pytest.mark.parametrize(("m", "n"), [(SIZE, SIZE), (SIZE, 3 * SIZE)])
+def test_filtered_steps_follow_a_large_move_of_a_flat_spectrum(m: int, n: int, outlier: float) -> None:
+    W0 = torch.stack([gaussian(m, n, seed=seed) for seed in range(3)]).float() / m**0.5
+    old = decompose_many(list(W0))
+    for i, part in enumerate(old):
+        W0[i] += outlier * torch.outer(part.U[:, 0], part.V[:, 0])
+    U, S, V = (torch.stack([getattr(part, field) for part in decompose_many(list(W0))]) for field in "USV")
+    W = W0 + 0.1 * torch.stack([gaussian(m, n, seed=10 + seed) for seed in range(3)]).float() / m**0.5
+    W[2] = W0[2]  # needs no second step
+    width, cut = SIZE // 4, torch.full((3,), SIZE // 16)
+
+    def residual(iterations: int) -> torch.Tensor:
+        basis = U[..., :width], S[:, :width], V[..., :width]
+        step = Q.warm_steps(W, *basis, way="eigh", cut=cut, tolerance=1e-3, max_iterations=iterations)
+        exact = decompose_many(list(W))
+        if iterations > 1:
+            for i, truth in enumerate(exact):
+                torch.testing.assert_close(step.S[i, : SIZE // 16], truth.S[: SIZE // 16], rtol=1e-4, atol=0)
+        assert step.ok.all()
+        return step.residual
+
+    assert (residual(1)[:2] > 1e-3).all()
+    assert (residual(3) < 1e-3).all()
+
+
+def test_degree_grows_as_the_spectrum_flattens() -> None:
+    tops = (1.0, 1.5, 3.0, 50.0, 1e4, float("inf"))
+    degrees = [Q._largest_degree(top) for top in tops]
+    assert degrees == sorted(degrees, reverse=True)
+    assert (degrees[0], degrees[-1]) == (8, 1)

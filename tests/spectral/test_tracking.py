@@ -241,14 +241,30 @@ def test_residual_and_request_and_width_ask_for_an_exact_analysis() -> None:
     assert set(exact_flags(3, jumped).values()) == {1}  # so the next one is exact
     tracker.request_exact(["fc"])
     assert exact_flags(4, jumped) == {"q": 0, "k": 0, "fc": 1, "proj": 0}
-    tracker.set_cuts({"k": 30})  # wider than the stored basis of 32 with 16 to spare
-    assert tracker.basis("k").g >= 30
+    tracker.set_cuts({"k": 36})  # more than the 32 directions that are known
+    assert tracker.basis("k").g >= 36
     assert exact_flags(5, jumped) == {"q": 0, "k": 1, "fc": 0, "proj": 0}
-    assert float(M.subspace_angle(tracker.basis("k").U, decompose(jumped["k"]).U, 30)) < 1e-3
+    assert float(M.subspace_angle(tracker.basis("k").U, decompose(jumped["k"]).U, 36)) < 1e-3
     tracker.set_cuts({"q": 60})  # more than half of g: never iterated, analysed less often
     assert exact_flags(6, jumped)["q"] == 1
     assert exact_flags(7, jumped)["q"] == 1
     assert [step for step in range(1, 161) if "q" in tracker.due(step)] == [80, 160]
+
+
+def test_a_falling_rank_widens_a_basis_without_an_exact_analysis() -> None:
+    weights = make_weights()
+    tracker = tracker_for(weights, exact_every=100, oversample=16)
+    tracker.analyse(0, weights)
+    tracker.set_cuts({"k": 30})  # of 32 known directions; the 16 to spare are not known
+    later = moved(weights, 1, 0.02)
+    tracker.analyse(1, later)
+    values = tracker.poll()[-1].values["k"]
+    assert values["exact"] == 0
+    assert values["residual"] < tracker.settings.residual_tolerance
+    truth = decompose(later["k"])
+    assert tracker.basis("k").g == 48
+    assert float(M.subspace_angle(tracker.basis("k").U, truth.U, 30)) < 0.01
+    torch.testing.assert_close(tracker.basis("k").S[:30], truth.S[:30], rtol=1e-3, atol=0)
 
 
 def test_unchanged_matrices_are_skipped_and_keep_their_reference() -> None:

@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssm_blocks.ops.carry import grouped, one_by_one
 from ssm_blocks.ops.delta import chunk_delta_rule, chunk_linear_attention
 from ssm_blocks.ops.dplr import chunk_dplr
 from ssm_blocks.ops.inverse import INVERSES
-from ssm_blocks.ops.permutation import permuted_delta_rule, prefix_products, routed_delta_rule, to_dense
-from ssm_blocks.ops.permuted_dplr import permuted_dplr, routed_dplr
+from ssm_blocks.ops.permutation import permuted_delta_rule, permuted_dplr, prefix_products, to_dense
 from ssm_blocks.ops.reference import delta_rule_reference, dplr_reference, linear_attention_reference
+from ssm_blocks.ops.routed import Routing, routed_delta_rule, routed_dplr
 
 B, H, K, V, M = 2, 2, 4, 3, 3
 LENGTHS = [1, 63, 64, 100]
@@ -147,7 +148,7 @@ def test_straight_through_gradients_are_exact(T: int) -> None:
     heads = torch.arange(H)
     agree(
         lambda: routed_delta_rule(
-            **x, weights=weights, dictionary=dictionary, index=index[heads, choice], sign=sign[heads, choice], chunk=8
+            **x, routing=Routing(weights, dictionary, index[heads, choice], sign[heads, choice]), chunk=8
         ),
         lambda: delta_rule_reference(**x, log_decay=None, G=torch.einsum("bthm,hmij->bthij", weights, dictionary)),
         [*x.values(), soft, logits],
@@ -183,7 +184,7 @@ def test_straight_through_gradients_of_dplr(T: int) -> None:
     dictionary = to_dense(index, sign) + soft - soft.detach()
     heads = torch.arange(H)
     agree(
-        lambda: routed_dplr(core, weights, dictionary, index[heads, choice], sign[heads, choice], S, chunk=8),
+        lambda: routed_dplr(core, Routing(weights, dictionary, index[heads, choice], sign[heads, choice]), S, chunk=8),
         lambda: dplr_reference(*core, S, torch.einsum("bthm,hmij->bthij", weights, dictionary)),
         [*core, S, soft, logits],
     )
@@ -193,3 +194,19 @@ def test_gradcheck() -> None:
     x = [inputs(5)[name][:1, :, :1].requires_grad_() for name in ("q", "k", "v", "beta", "log_decay")]
     S = rand(1, 1, K, V).requires_grad_()
     assert torch.autograd.gradcheck(lambda *args: chunk_delta_rule(*args, chunk=2), (*x, S))
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("num_chunks", [1, 2, 16, 23])
+def test_grouped_carry_equals_one_by_one(num_chunks: int, gated: bool) -> None:
+    """What a GPU runs, including groups that are not full."""
+    shape = (B, H, num_chunks, 4)
+    k, W, U = (0.4 * rand(*shape, size, seed=i).requires_grad_() for i, size in enumerate((K, K, V)))
+    log_decay = -rand(*shape[:3], seed=5).sigmoid().requires_grad_() if gated else None
+    S = rand(B, H, K, V, seed=4).requires_grad_()
+
+    def stacked(form: Callable) -> tuple[Tensor, Tensor]:
+        starts, last = form(k, U, W, log_decay, S)
+        return torch.stack(starts, 2), last
+
+    agree(lambda: stacked(grouped), lambda: stacked(one_by_one), [k, U, W, S])

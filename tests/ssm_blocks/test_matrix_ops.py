@@ -20,7 +20,7 @@ from ssm_blocks.ops.low_rank import (
     truncate,
 )
 from ssm_blocks.ops.lti import causal_convolution, krylov, lti_states, power_apply
-from ssm_blocks.ops.orthogonal import cayley, orthonormal_columns, scaled_cayley, tsqr
+from ssm_blocks.ops.orthogonal import by_cholesky, cayley, orthonormal_columns, scaled_cayley, tsqr
 
 F64, C128 = torch.float64, torch.complex128
 
@@ -216,3 +216,16 @@ def test_no_warning_from_a_neumann_inverse_that_is_fine() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         neumann_inverse(rand(16, 16).tril(-1) / 16)
+
+
+def test_orthonormal_columns_by_cholesky_are_those_by_qr() -> None:
+    """What a GPU runs, also for nearly dependent columns, values and gradients."""
+    X = rand(3, 8, 4)
+    X[2, :, 3] = X[2, :, 0] + 1e-3 * X[2, :, 3]
+    X.requires_grad_()
+    weight = rand(3, 8, 4, seed=2)
+    got, want = by_cholesky(X), orthonormal_columns(X)
+    close(got, want, 1e-7)
+    gradients = [torch.autograd.grad((Q * weight).sum(), X)[0] for Q in (got, want)]
+    close(*gradients, 1e-6 * gradients[1].abs().max().item())
+    assert torch.isfinite(by_cholesky(torch.zeros(4, 2, dtype=torch.float64) + rand(4, 1))).all()
