@@ -21,7 +21,7 @@ def is_sharded(p: Tensor) -> bool:
 
 def whole(value: Any) -> Any:
     """A DTensor gathered (every rank calls this), everything else as it is."""
-    return value.full_tensor() if isinstance(value, Tensor) and is_sharded(value) else value
+    return value.full_tensor() if isinstance(value, Tensor) and is_sharded(value) else value  # type: ignore[attr-defined]
 
 
 def refuse_sharded(parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:

@@ -17,9 +17,9 @@ from tests.dist.ranks import finish, run_ranks, start
 from tests.main_job import records, tiny_settings, write_corpus
 
 pytestmark = pytest.mark.dist
-STEPS = 20
-# float32 sums of four micro-batches in another order (two and two). Measured: 0 over 6 steps without switches, 6e-8 in
-# the gradient norm; a wrong average, or rows given to two ranks, is off by more than 1e-3.
+STEPS = 26
+# float32 sums of four micro-batches in another order (two and two). Measured: at most 1e-6 over 30 steps with switches
+# at 20 and 30; a wrong average, or rows given to two ranks, is off by more than 1e-3.
 LOSS_TOLERANCE = 1e-4
 
 
@@ -73,7 +73,7 @@ def disagreements(run: Path) -> list[dict[str, Any]]:
 def test_two_processes_train_as_one_before_and_after_switches(alone, together) -> None:
     keys = ("step", "layer", "change", "r_new")
     switches = [[[r[key] for key in keys] for r in records(path, "switch")] for path in (alone, together)]
-    assert switches[0]  # or nothing is shown about switches
+    assert switches[0][0][0] <= STEPS - 5  # or nothing is shown about what comes behind a switch
     assert switches[0] == switches[1]
     assert_close(together, alone)
     assert records(together, "start")[0]["world_size"] == 2
