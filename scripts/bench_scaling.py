@@ -258,7 +258,7 @@ def worker(options: argparse.Namespace) -> None:
     directory, world_size = Path(options.worker), int(os.environ.get("WORLD_SIZE", "1"))
     if options.device == "cpu":
         torch.set_num_threads(1)
-    build._prepare_data = lambda config, world, console: random_data(directory, options.vocab)  # type: ignore[assignment]
+    build.prepare_data = lambda config, world, console: random_data(directory, options.vocab)  # type: ignore[assignment]
     config = RunConfig.from_dict(settings(options, world_size))
     trainer = build.build_trainer(config, directory / f"run-{world_size}", Console(file=io.StringIO()))
     bench = Bench(options, trainer.state.device, lambda: trainer._gradients)

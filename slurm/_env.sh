@@ -33,7 +33,10 @@ run_svdtrain() {
     run="${SVDTRAIN_RUN_DIR:-runs/$SLURM_JOB_NAME-$SLURM_JOB_ID}"
     mkdir -p "$run" || fail "cannot write $run; set SVDTRAIN_RUN_DIR to a directory that all nodes share"
 
-    MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+    MASTER_ADDR=127.0.0.1 # on one node: works even where nodes cannot resolve their own names
+    if [ "${SLURM_JOB_NUM_NODES:-1}" -gt 1 ]; then
+        MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+    fi
     export MASTER_ADDR MASTER_PORT="$((20000 + SLURM_JOB_ID % 20000))"
 
     # The first start copies the code; a requeue runs that copy, whatever the checkout looks like by then.

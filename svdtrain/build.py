@@ -97,7 +97,7 @@ def build_trainer(
     world = init_world(kind, on_loss=leave_lost_rank)
     device = resolve_device(config.train.device, world.local_rank)
     _set_arithmetic(device)
-    data = _prepare_data(config, world, console)
+    data = prepare_data(config, world, console)
     _check_batch(config, world)
     model = build_model(config, data.tokenizer.vocab_size, device)
     stream = TokenStream(
@@ -181,7 +181,7 @@ def build_hooks(
     return hooks
 
 
-def _prepare_data(config: RunConfig, world: World, console: Console) -> PreparedData:
+def prepare_data(config: RunConfig, world: World, console: Console) -> PreparedData:
     """Rank 0 tokenises into the cache, the others then find it there."""
 
     def run() -> PreparedData:

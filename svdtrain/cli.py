@@ -53,8 +53,8 @@ GROUPS: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(
 
 DESCRIPTION = """Train a GPT on real text while adaptive SVD watches and switches its matrices.
 
-The least you can type: `svdtrain --depth 4 --device cpu`. Rarer settings are not listed here; they are flags and keys
-of --config all the same: see svdtrain/config/."""
+The least you can type: `svdtrain --depth 4 --device cpu`. `--prepare-only` tokenises the text into the cache and stops.
+Rarer settings are not listed here; they are flags and keys of --config all the same: see svdtrain/config/."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,6 +250,16 @@ def run(arguments: Arguments, console: "Console", argv: Sequence[str] = ()) -> i
     return 0
 
 
+def prepare_only(config: RunConfig, console: "Console") -> int:
+    """Tokenise into the cache and say where it is."""
+    from svdtrain.build import prepare_data
+    from svdtrain.trainer.distributed import World
+
+    data = prepare_data(config, World(), console)
+    console.print(f"{data.name}: {data.train.num_tokens:,} training tokens in {data.train.directory}", soft_wrap=True)
+    return 0
+
+
 def _set_log_level(level: str, console: "Console") -> None:
     from rich.logging import RichHandler
 
@@ -271,6 +281,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "--dry-run" in given:  # for launchers: read the flags, print the resolved configuration, stop
             print(json.dumps(parse_arguments([t for t in given if t != "--dry-run"]).config.to_dict()))
             return 0
+        if "--prepare-only" in given:  # for nodes without internet: fill the cache where there is one, train elsewhere
+            return prepare_only(parse_arguments([t for t in given if t != "--prepare-only"]).config, console)
         return run(parse_arguments(given), console, given)
     except RankLostError as error:
         leave_lost_rank(str(error))

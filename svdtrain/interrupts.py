@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 PREEMPTED = 85
 INTERRUPTED = 130
@@ -62,7 +63,7 @@ def resume_command(argv: Sequence[str], run_directory: Path) -> str:
     return shlex.join(["svdtrain", *kept, "--run-dir", str(run_directory), "--resume", "auto"])
 
 
-def leave_lost_rank(message: str) -> None:
+def leave_lost_rank(message: str) -> NoReturn:
     """Say it in one line and end without waiting for peers that will never answer."""
     print(f"svdtrain: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.stdout.flush()

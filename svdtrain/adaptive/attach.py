@@ -15,6 +15,7 @@ from svdtrain.adaptive.controller import AdaptiveSVD
 from svdtrain.adaptive.interference import Interference, Reading, ReferenceLoss
 from svdtrain.adaptive.registration import Adapter, Reregister
 from svdtrain.adaptive.shadow import Shadow
+from svdtrain.adaptive.sharded import ShardedWeights, is_sharded
 from svdtrain.adaptive.target import Change
 from svdtrain.config import SVDConfig
 
@@ -40,7 +41,10 @@ class AttachedSVD(AdaptiveSVD):
         reference_loss: ReferenceLoss | None = None,
     ) -> None:
         """See `attach`."""
+        self._shards: ShardedWeights | None = None
         super().__init__(model, optimizer, config, adapter=adapter, log=log)
+        if self._shards is not None and (average_gradients or reference_loss is not None):
+            raise ValueError("average_gradients and reference_loss do not work with sharded (FSDP2) parameters")
         self._average_gradients = average_gradients
         watched = {name: target.W for name, target in self.targets.items()}
         self.interference: Interference | None = None
@@ -56,8 +60,25 @@ class AttachedSVD(AdaptiveSVD):
         ]
 
     def _default_adapter(self, optimizer: torch.optim.Optimizer, targets: Mapping[str, nn.Parameter]) -> Adapter:
+        if self._shards is not None:
+            return Shadow(optimizer, targets, self.config.svd_moments, self._shards.sharded)
         kind = Reregister if self.config.svd_adapter == "reregister" else Shadow
         return kind(optimizer, targets, self.config.svd_moments)
+
+    def _take(self, found: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+        """Whole copies stand for parameters that FSDP2 has sharded."""
+        if not any(is_sharded(p) for p in found.values()):
+            return found
+        if self.config.svd_adapter == "reregister":
+            raise ValueError("svd_adapter=reregister does not work with sharded (FSDP2) parameters; use shadow")
+        self._shards = ShardedWeights(found)
+        return self._shards.copies
+
+    def set_mode(self, name: str, r: int | None) -> None:
+        """See `AdaptiveSVD.set_mode`."""
+        if self._shards is not None:
+            self._shards.read_weights()
+        super().set_mode(name, r)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         if self._factors() and not self._adapter.host_clears_gradients and _inside_grad_scaler():
@@ -86,6 +107,10 @@ class AttachedSVD(AdaptiveSVD):
     def _project(self, optimizer: torch.optim.Optimizer) -> None:
         if self._average_gradients and dist.is_initialized():
             self._average()
+        if self._shards is not None:
+            self._shards.read_gradients()
+            if self._shards.stale:
+                self._shards.read_weights()
         self.project_gradients()
         # Set by a GradScaler for the length of a fused step, which divides by it inside its kernel.
         scale = getattr(optimizer, "grad_scale", None)
@@ -117,7 +142,13 @@ class AttachedSVD(AdaptiveSVD):
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         found_inf = getattr(optimizer, "found_inf", None)  # of a fused step, as above
         stepped = found_inf is None or not bool(found_inf)
+        if self._shards is not None:
+            self._shards.read_weights()
+        in_part = [target.name for target in self.targets.values() if target.lowrank]
         self.changes += self.after_step(self.step, stepped)
+        if self._shards is not None:
+            self._shards.write(in_part)
+            self._shards.drop_gradients()
         self.step += 1
         every = self.config.svd_interference_every
         if self.interference is not None and every and stepped and self.step % every == 0:
@@ -142,6 +173,8 @@ class AttachedSVD(AdaptiveSVD):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `AdaptiveSVD.load_state_dict`."""
         super().load_state_dict(state)
+        if self._shards is not None:
+            self._shards.stale = True
         self.step = state["step"]
         if self.interference is not None and "interference" in state:
             self.interference.load_state_dict(state["interference"])
@@ -167,7 +200,8 @@ def attach(
     Gradients are read when `optimizer.step()` is called, so accumulation, clipping, unscaling and averaging before it
     are seen. `config.svd_adapter` auto means shadow: the host's groups, state and checkpoints stay as they are. To
     resume, call `load_state_dict` on the result before training goes on. `average_gradients`: for data-parallel hosts
-    whose optimizer averages gradients inside its own step, so that each rank holds its own before it.
+    whose optimizer averages gradients inside its own step, so that each rank holds its own before it. Parameters that
+    FSDP2 has sharded (DTensor) work with the shadow adapter; each watched one is then also held whole on every rank.
 
     `reference_loss` runs a forward on a fixed batch of first-seen data and returns its mean loss: every
     `svd_interference_every` steps the interference of each matrix with it is measured (one backward pass, p.grad stays

@@ -20,6 +20,7 @@ from svdtrain.adaptive.monitor import Monitor
 from svdtrain.adaptive.policy import Measurement, should_use_lowrank_training
 from svdtrain.adaptive.registration import Adapter, Reregister
 from svdtrain.adaptive.shadow import Shadow
+from svdtrain.adaptive.sharded import refuse_sharded
 from svdtrain.adaptive.target import STATE_VERSION, Change, ChangeKind, Decision, Target, check_state
 from svdtrain.adaptive.targets import select_targets
 from svdtrain.adaptive.transitions import Transitions
@@ -54,7 +55,7 @@ class AdaptiveSVD:
         self.config = config or SVDConfig()
         if optimizer in _attached:
             raise ValueError("this optimizer already has an AdaptiveSVD; call detach() on that one first")
-        found = select_targets(model, self.config.svd_targets)
+        found = self._take(select_targets(model, self.config.svd_targets))
         self.targets = {name: Target(name=name, W=W) for name, W in found.items()}
         self._optimizer = optimizer
         self._adapter: Adapter = adapter or self._default_adapter(optimizer, found)
@@ -69,6 +70,8 @@ class AdaptiveSVD:
         self._log = log or logger.info
         self._events: list[dict[str, Any]] = []
         _attached.add(optimizer)
+
+    _take = staticmethod(refuse_sharded)
 
     def _default_adapter(self, optimizer: torch.optim.Optimizer, targets: Mapping[str, nn.Parameter]) -> Adapter:
         kind = Shadow if self.config.svd_adapter == "shadow" else Reregister

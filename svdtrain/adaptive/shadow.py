@@ -13,6 +13,7 @@ from svdtrain.adaptive.factors import FactoredWeight
 from svdtrain.adaptive.moments import UnknownState, state_from_factors, state_to_factors
 from svdtrain.adaptive.precision import full_precision
 from svdtrain.adaptive.registration import Moments, check_ownership
+from svdtrain.adaptive.sharded import whole
 from svdtrain.adaptive.update_rules import State, rule_for
 
 log = logging.getLogger(__name__)
@@ -28,9 +29,17 @@ class Shadow:
 
     host_clears_gradients = True
 
-    def __init__(self, optimizer: torch.optim.Optimizer, targets: Mapping[str, nn.Parameter], moments: Moments) -> None:
-        """Raises ValueError when a target is not in the optimizer."""
-        check_ownership(optimizer, targets)
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        targets: Mapping[str, nn.Parameter],
+        moments: Moments,
+        owned: Mapping[str, nn.Parameter] | None = None,
+    ) -> None:
+        """`owned`: what the optimizer has in the place of each target, where that is not the target itself (shards).
+        Raises ValueError when a target is not in the optimizer."""
+        check_ownership(optimizer, owned or targets)
+        self._owned = {id(W): (owned or targets)[name] for name, W in targets.items()}
         self._optimizer = optimizer
         self._moments: Moments = moments
         self._names = {id(W): name for name, W in targets.items()}
@@ -71,7 +80,7 @@ class Shadow:
         """Step B and A where there is a gradient."""
         groups = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
         for name, factors in self._lowrank.items():
-            group = groups[id(factors.W)]
+            group = groups[id(self._owned[id(factors.W)])]
             step, _ = rule_for(group, self._optimizer)
             for p, state in zip((factors.B, factors.A), self._state[name], strict=True):
                 if p.grad is not None:
@@ -93,12 +102,13 @@ class Shadow:
 
     def _from_host(self, factors: FactoredWeight) -> tuple[State, State] | None:
         """The host's state of W mapped to the factors; None where there is none to map."""
-        host_state = self._optimizer.state.get(factors.W) if self._moments == "map" else None
+        owned = self._owned[id(factors.W)]
+        host_state = self._optimizer.state.get(owned) if self._moments == "map" else None
         if not host_state:
             return None
-        group = next(g for g in self._optimizer.param_groups if any(p is factors.W for p in g["params"]))
+        group = next(g for g in self._optimizer.param_groups if any(p is owned for p in g["params"]))
         _, keys = rule_for(group, self._optimizer)
-        used = {key: value for key, value in host_state.items() if key in keys}
+        used = {key: whole(value) for key, value in host_state.items() if key in keys}
         try:
             with full_precision(factors.W.device):
                 return state_to_factors(used, factors.B.detach(), factors.A.detach())

@@ -97,7 +97,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         defaults_for_depth(20),
         {
             "model": {"variant": "2025", "vocab_size": 65536},
-            "data": {"data": "hf:HuggingFaceFW/fineweb-edu:sample-100BT"},
+            "data": {"data": "hf:HuggingFaceFW/fineweb-edu:sample-100BT", "max_train_tokens": 12_000_000_000},
             "train": {"num_iterations": 21_400, "total_batch_size": 524_288},
         },
     ),
@@ -105,7 +105,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         defaults_for_depth(20),
         {
             "model": {"vocab_size": 65536},
-            "data": {"data": "hf:HuggingFaceFW/fineweb-edu:sample-100BT"},
+            "data": {"data": "hf:HuggingFaceFW/fineweb-edu:sample-100BT", "max_train_tokens": 12_000_000_000},
             "train": {"num_iterations": 21_400},
         },
     ),

@@ -34,7 +34,8 @@ class SampleText(Hook):
             self._sample(state)
 
     def on_stop(self, state: TrainState) -> None:
-        if not state.control.ending:  # after a signal the seconds are counted
+        # After a signal the seconds are counted; behind a vetoed step the weights may be broken.
+        if not (state.control.ending or state.control.skip_step):
             self._sample(state)
 
     def _sample(self, state: TrainState) -> None:

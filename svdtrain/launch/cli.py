@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import difflib
+import io
 import json
 import shutil
 import subprocess
@@ -76,6 +79,32 @@ def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return given[:at], given[at + 1 :]
 
 
+def parse_options(argv: Sequence[str]) -> LaunchOptions:
+    """Raises ValueError, in one line, for flags that cannot be read; SystemExit for --help."""
+    known = ["--help", *(f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(LaunchOptions)), "--no-wait"]
+    for flag in (token.split("=", 1)[0] for token in argv if token.startswith("--")):
+        if flag.replace("_", "-") not in known:
+            close = difflib.get_close_matches(flag, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else "svdtrain's own flags go behind --"
+            raise ValueError(f"unknown flag {flag}; {hint}")
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(
+                Annotated[LaunchOptions, tyro.conf.OmitArgPrefixes],
+                prog="svd-launch",
+                description=DESCRIPTION,
+                args=list(argv),
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        lines = [line.strip(" │╭╮╰╯─-") for line in errors.getvalue().splitlines()]
+        said = [line for line in lines if line][1:]  # the first one is the title of a box
+        end = next((i for i, line in enumerate(said) if line.startswith(("Argument helptext", "For full"))), len(said))
+        raise ValueError(" ".join(said[:end]) or "the flags cannot be read; see svd-launch --help") from None
+
+
 def resolve_config(flags: Sequence[str]) -> dict[str, Any]:
     """svdtrain's own reading of its flags, on this machine and before anything is queued. Raises ValueError."""
     command = [sys.executable, "-m", "svdtrain.cli", *flags, "--dry-run"]
@@ -114,7 +143,8 @@ def _submit(options: LaunchOptions, minutes: float, job: TrainJob) -> Any:
     executor = submitit.AutoExecutor(folder, cluster=options.cluster, slurm_max_num_timeout=MAX_TIMEOUTS)
     executor.update_parameters(**_parameters(options, minutes))
     try:
-        return executor.submit(job)
+        with contextlib.redirect_stderr(io.StringIO()):  # submitit repeats there what the error below says
+            return executor.submit(job)
     except Exception as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         said = next((line for line in reversed(lines) if "sbatch: error" in line), lines[-1] if lines else repr(error))
@@ -160,13 +190,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Exit codes: 0 submitted (or finished), 1 the job failed, 2 the user has to change something."""
     ours, flags = split_arguments(sys.argv[1:] if argv is None else argv)
     try:
-        options = tyro.cli(
-            Annotated[LaunchOptions, tyro.conf.OmitArgPrefixes], prog="svd-launch", description=DESCRIPTION, args=ours
-        )
+        options = parse_options(ours)
         for field in ("nodes", "cpus", "signal_s"):
             if getattr(options, field) < 1:
                 raise ValueError(f"--{field.replace('_', '-')} must be at least 1")
-        return launch(dataclasses.replace(options), flags)
+        return launch(options, flags)
     except (ValueError, OSError) as error:
         print(f"svd-launch: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -58,10 +58,11 @@ class TrainJob:
 
     def _train(self, task: Any) -> int:
         job_number = zlib.crc32(str(task.job_id).encode())
+        host = task.hostnames[0] if task.num_nodes > 1 else "127.0.0.1"  # nodes that cannot resolve their own names
         environment = {
             **os.environ,
             **offline_unless_set(),
-            **rank_environment(task.global_rank, task.num_tasks, task.local_rank, task.hostnames[0], job_number),
+            **rank_environment(task.global_rank, task.num_tasks, task.local_rank, host, job_number),
         }
         command = [sys.executable, self.entry, *self.flags, "--run-dir", self.run, "--resume", "auto"]
         child = subprocess.Popen(command, env=environment)

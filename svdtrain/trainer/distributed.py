@@ -72,7 +72,7 @@ def init_world(device_type: str, on_loss: Callable[[str], Any] | None = None) ->
     with collective(f"meeting of {size} ranks at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"):
         if not dist.is_initialized():
             backend = "nccl" if device_type == "cuda" else "gloo"
-            store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+            store, rank, size = next(dist.rendezvous("env://", timeout=timeout))  # pyright: ignore[reportPrivateImportUsage]
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         control_group = dist.new_group(backend="gloo", timeout=timeout)
         save_group = dist.new_group(backend="gloo", timeout=timeout)
@@ -94,7 +94,8 @@ def announce_slurm_step() -> None:
     job = int(environ.get("SLURM_JOB_ID", "0"))
     environ["WORLD_SIZE"], environ["RANK"] = str(size), environ["SLURM_PROCID"]
     environ["LOCAL_RANK"] = environ.get("SLURM_LOCALID", "0")
-    environ.setdefault("MASTER_ADDR", first_host(nodes) or "127.0.0.1")
+    several = environ.get("SLURM_STEP_NUM_NODES") != "1"
+    environ.setdefault("MASTER_ADDR", (several and first_host(nodes)) or "127.0.0.1")
     environ.setdefault("MASTER_PORT", str(FIRST_PORT + job % NUM_PORTS))  # two jobs on one node do not collide
 
 

@@ -29,7 +29,7 @@ class Lifeline:
     """
 
     def __init__(self, rank: int, size: int, on_loss: Callable[[str], Any], *, grace_s: float = GRACE_S) -> None:
-        self._group = dist.new_group(backend="gloo", timeout=FOR_EVER)
+        self._group: Any = dist.new_group(backend="gloo", timeout=FOR_EVER)
         self._watched, self._watcher = (rank + 1) % size, (rank - 1) % size
         self._on_loss, self._grace_s = on_loss, grace_s
         self._leaving = False

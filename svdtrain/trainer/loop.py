@@ -162,9 +162,13 @@ class Trainer:
             self._collect_save()
         if (control.evaluate or _due(state.step, train.eval_every)) and not control.ending:
             self._run_evaluation()
-        if (control.save or _due(state.step, train.save_every)) and not (control.ending or control.abort):
+        if _due(state.step, train.save_every):
+            control.request_save("due")
+        # Not behind a vetoed step, whose weights may be broken: then behind the next one that is taken.
+        if control.save and not (control.skip_step or control.ending or control.abort):
             self.save()
-        control.evaluate = control.save = ""
+            control.save = ""
+        control.evaluate = ""
         self._heed_signal()
 
     def _heed_signal(self) -> None:

@@ -155,6 +155,14 @@ def test_full_disk_while_saving_loses_nothing(tmp_path, corpus, capsys, monkeypa
     assert (run / "checkpoints" / "latest").read_text() == "step_000040\n"
 
 
+def test_prepare_only_fills_the_cache_and_makes_no_run(tmp_path, corpus, capsys) -> None:
+    cache = {"cache_dir": str(tmp_path / "cache")}
+    assert main([*arguments(tmp_path, corpus, data={"data": str(corpus), **cache}), "--prepare-only"]) == 0
+    assert f"training tokens in {tmp_path / 'cache'}" in capsys.readouterr().out.replace("\n", "")
+    assert list((tmp_path / "cache" / "tokens").glob("*/train_00000.bin"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_resume_goes_on_and_refuses_other_settings(tmp_path, corpus, capsys) -> None:
     flags = arguments(tmp_path, corpus, "--save-every", "20")
     assert main([*flags, "--num-iterations", "20"]) == 0

@@ -123,8 +123,18 @@ def make_trouble(trouble: dict) -> Any:
         name = "trouble"
 
         def _now(self, state: Any, what: str) -> bool:
-            where = (trouble.get("rank"), trouble.get("step"), trouble.get("what"))
-            return where == (state.world.rank, state.step, what)
+            whose = trouble.get("rank") in (state.world.rank, "all")
+            return whose and (trouble["step"], trouble["what"]) == (state.step, what)
+
+        def on_train_start(self, state: Any) -> None:
+            """A signal to the group in the middle of an evaluation, or in the first forward, which compiles."""
+
+            def in_forward(module: Any, *_: Any) -> None:
+                if self._now(state, "signal in training" if module.training else "signal in evaluation"):
+                    trouble["what"] = "done"
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+            state.model.register_forward_pre_hook(in_forward)
 
         def on_step_start(self, state: Any) -> None:
             if self._now(state, "die"):

@@ -42,6 +42,11 @@ def test_a_time_that_is_none_is_refused(text: str) -> None:
         (["--cluster", "local", "--", "--run-dir", "x"], "before the --"),
         (["--cluster", "local", "--", "--dept", "4"], "did you mean --depth"),
         (["--cluster", "local", "--nodes", "0"], "--nodes"),
+        (["--gpu", "8"], "did you mean --gpus"),
+        (["--depth", "4"], "svdtrain's own flags go behind --"),
+        (["--gpus", "many"], "--gpus"),
+        (["--cluster", "cloud"], "--cluster"),
+        (["8"], "8"),
     ],
 )
 def test_what_the_user_must_change_is_one_line(argv: list[str], words: str, capsys, tmp_path, monkeypatch) -> None:
@@ -57,6 +62,35 @@ def test_without_sbatch_it_says_where_to_go(capsys, monkeypatch) -> None:
     monkeypatch.setattr(cli.shutil, "which", lambda name: None)
     assert cli.main(["--", "--depth", "4"]) == 2
     assert "login node" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Batch job submission failed: Invalid account or account/partition combination specified",
+        "Batch job submission failed: No partition specified or system default partition",
+    ],
+)
+def test_what_slurm_refuses_is_one_line(said: str, tmp_path, monkeypatch, capsys) -> None:
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text(f'#!/bin/sh\necho "sbatch: error: {said}" >&2\nexit 1\n')
+    sbatch.chmod(0o755)
+    (sbatch.parent / "srun").symlink_to(sbatch)  # submitit looks for it
+    monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
+    assert cli.main(["--gpus", "8", "--run-dir", str(tmp_path / "run"), "--", "--depth", "4"]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert "--partition and --account" in error
+    assert error.count("\n") == 1
+
+
+def test_a_run_directory_that_cannot_be_written_is_one_line(tmp_path, capsys) -> None:
+    (tmp_path / "file").touch()
+    assert cli.main(["--cluster", "local", "--run-dir", str(tmp_path / "file" / "run"), "--", "--depth", "4"]) == 2
+    error = capsys.readouterr().err
+    assert "Not a directory" in error
+    assert error.count("\n") == 1
 
 
 def test_a_login_node_needs_no_torch() -> None:

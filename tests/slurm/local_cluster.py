@@ -98,7 +98,9 @@ class LocalCluster:
     def stop(self) -> None:
         """Cancel what runs, then end exactly the processes that were started here."""
         self.run("scancel", "--user=root", check=False)
-        time.sleep(1)
+        end = time.monotonic() + 40  # KillWait and a little: without its daemons a step would never end
+        while self.run("squeue", "-h", check=False).strip() and time.monotonic() < end:
+            time.sleep(0.5)
         for daemon in reversed(self._daemons):
             daemon.send_signal(signal.SIGTERM)
         for daemon in self._daemons:

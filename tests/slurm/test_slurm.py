@@ -115,3 +115,33 @@ def test_preempted_at_the_time_limit_requeued_by_hand_and_finished(cluster: Loca
     final = [load_file(p / "checkpoints" / f"step_{STEPS:06d}" / "model.safetensors") for p in (run, straight)]
     for name, tensor in final[0].items():
         assert torch.equal(tensor, final[1][name]), name
+
+
+@pytest.mark.slow
+def test_two_tasks_under_srun_and_a_job_of_svd_launch(cluster: LocalCluster, tmp_path: Path) -> None:
+    """Side by side: the batch script with two ranks, requeued by hand, and svd-launch, preempted by a signal."""
+    settings = tiny_settings(write_corpus(tmp_path / "text"), train={"num_iterations": STEPS, "device_batch_size": 1})
+    runs = {"sbatch": tmp_path / "run", "svd-launch": tmp_path / "launched"}
+    jobs = {"sbatch": submit(cluster, runs["sbatch"], settings, "--ntasks=2", "--time=15")}
+    options = ["--cpus", "1", "--time", "15", "--run-dir", str(runs["svd-launch"])]
+    command = [sys.executable, "-m", "svdtrain.launch.cli", *options, "--", "--config", str(tmp_path / "settings.json")]
+    environment = {"OMP_NUM_THREADS": "1", "SVDTRAIN_CACHE": os.environ["SVDTRAIN_CACHE"]}
+    said = cluster.run(*command, cwd=ROOT, **environment)
+    jobs["svd-launch"] = said.split()[1].rstrip(",")
+
+    def steps(name: str) -> list[int]:
+        path = runs[name] / "metrics.jsonl"
+        return [r["step"] for r in records(runs[name], "train")] if path.exists() else []
+
+    disturb = {"sbatch": ("scontrol", "requeue"), "svd-launch": ("scancel", "--signal=USR2")}
+    for name, job in jobs.items():
+        cluster.wait(lambda name=name: len(steps(name)) >= 3, 120, f"{name} does not start")
+        cluster.run(*disturb[name], job)
+    for name, job in jobs.items():
+        cluster.wait(lambda job=job: cluster.state(job) in ("COMPLETED", "FAILED"), 180, f"{name} does not finish")
+        ends = [r["reason"].split()[0] for r in records(runs[name], "end")]
+        assert (cluster.state(job), ends) == ("COMPLETED", ["preempted", "finished"]), name
+        assert steps(name) == list(range(1, STEPS + 1))
+    refused = cluster.run(*command[:3], "--partition", "nowhere", *command[3:], cwd=ROOT, check=False, **environment)
+    assert "svd-launch: error: slurm does not take the job" in refused
+    assert "Invalid partition name specified" in refused
