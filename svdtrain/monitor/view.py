@@ -21,6 +21,7 @@ SCALAR_KINDS = ("train", "eval")
 MAX_EVENTS = 400
 MAX_MEMO = 16
 T = TypeVar("T")
+PROBE = ("probe/", "control/")
 MAX_SERIES = 64  # names of scalar metrics; a log that invents new names without end must not fill the memory
 
 
@@ -85,6 +86,8 @@ class RunView:
             return
         if kind in SCALAR_KINDS:
             self._take_scalars(record, step)
+        elif kind == "forgetting":  # the probe's losses; not the interference, which has a number a matrix
+            self._take_scalars({name: v for name, v in record.items() if name.startswith(PROBE)}, step)
         elif kind == "svd":
             self._take_analysis(Snapshot(step, record=record))
         elif kind == "switch":
@@ -136,7 +139,7 @@ class RunView:
         if restart > self.restart >= 0:
             self._rewind(max(0, step - 1))  # a process whose `resume` line was lost
         self.restart = restart
-        if kind in (*SCALAR_KINDS, "svd", "switch", "checkpoint"):
+        if kind in (*SCALAR_KINDS, "forgetting", "svd", "switch", "checkpoint"):
             if step <= self._seen.get((kind, subject), -1):
                 return False
             self._seen[kind, subject] = step

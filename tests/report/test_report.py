@@ -76,7 +76,8 @@ def restarted_run(path: Path) -> Path:
         if step == 20:
             records.append(switch(20, LAYERS[0]) | {"restart": 1})
         records.append(train(step, 2.0, restart=1, loss_ema=2.0, dt=2.0 if step % 10 == 0 else 1.0))
-    records.append(record("eval", 60, restart=1, **{"val/bpb": 1.5, "probe/loss": 2.5}))
+    records.append(record("eval", 60, restart=1, **{"val/bpb": 1.5}))
+    records.append(record("forgetting", 60, restart=1, **{"probe/loss": 2.5, "probe/harm": 0.1, "interference/x": 1.0}))
     records.append(
         record("alert", 60, restart=1, level="CRITICAL", rule="switch_now", message="<script>alert(1)</script>")
     )
@@ -95,6 +96,7 @@ def test_the_page_is_whole_and_needs_nothing_else(tmp_path) -> None:
     for text in (
         "Throughput",
         "Forgetting probe: loss on first-seen text",
+        "Forgetting probe: what was lost",
         "stable rank",
         "Configuration of a",
         "prefers-color-scheme",
