@@ -212,6 +212,7 @@ def publish(rows: dict[str, Row]) -> None:
     """Put the table between its marks in docs/SSM.md, best last bpb first."""
     if not rows:
         return
+    missing = [name for name in ("attention", *available()) if name not in rows]
     ordered = sorted(rows.values(), key=lambda row: row["bpb"][-1][1])
     steps, hardware = sorted({row["steps"] for row in ordered}), sorted({row["hardware"] for row in ordered})
     lines = [
@@ -222,6 +223,7 @@ def publish(rows: dict[str, Row]) -> None:
         *HEADER,
         *map(table_line, ordered),
         "",
+        *([f"Not run yet: {', '.join(missing)}.", ""] if missing else []),
         "`python scripts/bench_mixers.py --data DIR --parallel 8`",
     ]
     text = PAGE.read_text()

@@ -21,7 +21,7 @@ from svdtrain.adaptive.policy import Measurement, should_use_lowrank_training
 from svdtrain.adaptive.registration import Adapter, Reregister
 from svdtrain.adaptive.shadow import Shadow
 from svdtrain.adaptive.sharded import refuse_sharded
-from svdtrain.adaptive.target import STATE_VERSION, Change, ChangeKind, Decision, Target, check_state
+from svdtrain.adaptive.target import STATE_VERSION, Change, ChangeKind, Decision, Target, check_state, totals
 from svdtrain.adaptive.targets import select_targets
 from svdtrain.adaptive.transitions import Transitions
 from svdtrain.config import SVDConfig
@@ -210,17 +210,7 @@ class AdaptiveSVD:
 
     def summary(self) -> dict[str, Any]:
         """Counts for a table: matrices watched, low-rank now, switches so far, ranks, trainable parameters."""
-        lowrank = {t.name: t.form for t in self.targets.values() if t.form is not None}
-        return {
-            "num_targets": len(self.targets),
-            "num_lowrank": len(lowrank),
-            "num_switches": sum(t.num_switches for t in self.targets.values()),
-            "ranks": {name: form.r for name, form in lowrank.items()},
-            "num_trainable": sum(
-                t.W.numel() if t.form is None else t.form.counts().trainable for t in self.targets.values()
-            ),
-            "num_parameters": sum(t.W.numel() for t in self.targets.values()),
-        }
+        return totals(self.targets.values())
 
     def parameters_by_name(self) -> dict[str, nn.Parameter]:
         """The trained factors: `<name>.B` [m, r] and `<name>.A` [r, n] of every low-rank matrix."""

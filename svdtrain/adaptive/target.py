@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -103,6 +103,19 @@ class Decision:
     use_lowrank: bool
     r: int
     diagnostics: dict[str, Any]
+
+
+def totals(targets: Collection[Target]) -> dict[str, Any]:
+    """Counts over all matrices; see `AdaptiveSVD.summary`."""
+    lowrank = {t.name: t.form for t in targets if t.form is not None}
+    return {
+        "num_targets": len(targets),
+        "num_lowrank": len(lowrank),
+        "num_switches": sum(t.num_switches for t in targets),
+        "ranks": {name: form.r for name, form in lowrank.items()},
+        "num_trainable": sum(t.W.numel() if t.form is None else t.form.counts().trainable for t in targets),
+        "num_parameters": sum(t.W.numel() for t in targets),
+    }
 
 
 def check_state(state: Mapping[str, Any], targets: Mapping[str, Target], protect: str) -> None:
