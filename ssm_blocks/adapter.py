@@ -29,6 +29,9 @@ class AttentionAdapter(nn.Module):
     nanochat's attention does; in our GPT the model itself does it.
     """
 
+    needs_keys = False  # the cache keeps no keys and values for this layer
+    uses_value_embedding = False
+
     def __init__(self, name: str, dim: int, layer_index: int, *, last_layer_advances: bool = False, **options) -> None:
         super().__init__()
         self.layer_index, self.last_layer_advances = layer_index, last_layer_advances
@@ -68,8 +71,8 @@ class AttentionAdapter(nn.Module):
             output.weight.zero_()
 
     def flops_per_token(self) -> int:
-        """FLOPs per token of the recurrence, forward and backward; linear maps are counted by their weights."""
-        return 3 * self.attn_mixer.recurrence_flops_per_token()
+        """FLOPs per token, forward and backward, beside the weights of `nn.Linear`, which the GPT counts itself."""
+        return 3 * self.attn_mixer.flops_per_token()
 
 
 def _states_of(cache: Any) -> Any:

@@ -87,8 +87,8 @@ class Mixer(nn.Module):
         """Numbers that one sequence's state holds."""
         return sum(value.numel() * (2 if value.is_complex() else 1) for value in self.init_state(1).values())
 
-    def recurrence_flops_per_token(self) -> int:
-        """Forward FLOPs per token of the recurrence itself, without the linear maps around it (a step's count)."""
+    def flops_per_token(self) -> int:
+        """Forward FLOPs per token beside the weights of `nn.Linear`; by default a write and a read of the state."""
         return 6 * self.state_numel()
 
 
@@ -117,10 +117,11 @@ def available() -> list[str]:
 def mixer_class(name: str) -> type[Mixer]:
     """The class behind a name; its file is imported on first use. Raises ValueError that lists the names.
 
-    A name with a colon, `package.module:Class`, is imported from there: a custom mixer needs no more than that.
+    `package.module:NAME` imports the module and takes its class NAME, or the class it registers as NAME: a custom
+    mixer needs no more than that.
     """
     if ":" in name:
-        return _imported(name)
+        return _imported(*name.rsplit(":", 1))
     if name not in _registry and name in _BUILT_IN:
         importlib.import_module(_LAYERS + _BUILT_IN[name])
     if name not in _registry:
@@ -128,19 +129,23 @@ def mixer_class(name: str) -> type[Mixer]:
     return _registry[name]
 
 
-def _imported(path: str) -> type[Mixer]:
-    module, _, attribute = path.partition(":")
+def _imported(module: str, name: str) -> type[Mixer]:
+    path = f"{module}:{name}"
     try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"no mixer at {path!r} (package.module:Class): {error}") from error
+        found = getattr(importlib.import_module(module), name, None)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"mixer {path}: cannot import {module} ({error})") from error
+    if found is None and name in _registry:
+        return _registry[name]
     if not (isinstance(found, type) and issubclass(found, Mixer)):
-        raise ValueError(f"{path!r} is no subclass of ssm_blocks.Mixer")
+        raise ValueError(
+            f"mixer {path}: {module} neither has nor registers a subclass of ssm_blocks.Mixer of that name"
+        )
     return found
 
 
 def build(name: str, dim: int, **options: object) -> Mixer:
-    """A mixer of width `dim` by name (or `package.module:Class`); options go to its class.
+    """A mixer of width `dim` by name (or `package.module:NAME`); options go to its class.
 
     Raises ValueError for unknown names, and for options the class does not take.
     """

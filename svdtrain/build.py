@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -135,16 +134,10 @@ def build_model(config: RunConfig, vocab_size: int, device: torch.device) -> GPT
 
 
 def _mixer_factory(config: ModelConfig) -> MixerFactory:
-    """Attention, a mixer of ssm_blocks, or MODULE:NAME, where importing MODULE registers NAME."""
+    """Attention, or what `ssm_blocks.mixer.mixer_class` knows by that name."""
     if config.mixer == "attention":
         return CausalSelfAttention
-    module, _, name = config.mixer.rpartition(":")
-    if module:
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            raise ValueError(f"--mixer {config.mixer}: cannot import {module} ({error})") from error
-    return mixer_factory(name, CausalSelfAttention, config.mixer_pattern)
+    return mixer_factory(config.mixer, CausalSelfAttention, config.mixer_pattern)
 
 
 def build_hooks(

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ssm_blocks.layers.modules import Generator, HeadNorm, Linear, ShortConvolution, wide
+from ssm_blocks.layers.modules import Gate, Generator, HeadNorm, Linear, ShortConvolution, wide
 from ssm_blocks.layers.packing import Packing
 from ssm_blocks.mixer import Mixer, State
 
@@ -88,6 +88,13 @@ class RecurrentMixer(Mixer):
         """State before the first token, without the convolution's."""
         raise NotImplementedError
 
+    def recurrence_flops_per_token(self) -> int:
+        """Forward FLOPs per token of the recurrence as `step` computes it; parallel forms may do more.
+
+        By default a write and a read of every number in the state.
+        """
+        return 6 * self.state_numel()
+
     # what they share ------------------------------------------------------------------------------------------------
 
     def forward(
@@ -126,6 +133,15 @@ class RecurrentMixer(Mixer):
             init: Callable | None = getattr(child, "init_weights", None)
             if child is not self and init is not None and not isinstance(child, nn.ModuleList):
                 init(generator)
+
+    def map_flops_per_token(self) -> int:
+        """Forward FLOPs per token of the maps that are no `nn.Linear`: 2 per real weight of gates and taps."""
+        maps = [child for child in self.modules() if isinstance(child, (Gate, ShortConvolution))]
+        return sum(2 * child.weight.numel() for child in maps if child.weight is not None)
+
+    def flops_per_token(self) -> int:
+        """See `Mixer.flops_per_token`."""
+        return self.map_flops_per_token() + self.recurrence_flops_per_token()
 
     def _run(self, x: Tensor, state: State, call: Call) -> tuple[Tensor, State]:
         features, history = self.conv(self._features(x), state["conv"], call.lengths)

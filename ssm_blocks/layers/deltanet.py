@@ -22,8 +22,9 @@ from ssm_blocks.mixer import State, register
 from ssm_blocks.ops import fla
 from ssm_blocks.ops.delta import chunk_delta_rule
 from ssm_blocks.ops.inverse import INVERSES
-from ssm_blocks.ops.permutation import out_of_frame, permuted_delta_rule, routed_delta_rule
+from ssm_blocks.ops.permutation import out_of_frame, permuted_delta_rule
 from ssm_blocks.ops.reference import delta_rule_reference
+from ssm_blocks.ops.routed import Routing, routed_delta_rule
 
 Core = tuple[Tensor, Tensor, Tensor, Tensor]  # q, k, v, beta
 ROUTED_KEYS = 32  # the gradient of the choice costs K x K x V per token
@@ -97,6 +98,11 @@ class DeltaNet(RecurrentMixer):
             return {"S": self.first_state.to(device, dtype).expand(shape)}
         return {"S": torch.zeros(shape, dtype=dtype, device=device)}
 
+    def recurrence_flops_per_token(self) -> int:
+        """Per entry of S: n_h predictions and writes of 2 each, one reading of 2, one decay; permutations move only."""
+        per_entry = 4 * self.num_householder + 2 + (self.decay_gate is not None)
+        return per_entry * self.num_heads * self.key_dim * self.value_dim
+
     def _features(self, x: Tensor) -> Tensor:
         return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
 
@@ -147,7 +153,7 @@ class DeltaNet(RecurrentMixer):
             return delta_rule_reference(*core, None, out_of_frame(index[:, 0], sign[:, 0], S))
         if learning:
             dictionary = self.dictionary.dense().to(S.dtype)
-            return routed_delta_rule(*core, weights, dictionary, index, sign, S, self.chunk)
+            return routed_delta_rule(*core, Routing(weights, dictionary, index, sign), S, self.chunk, self.inverse)
         if self._uses_fla(call, S):
             kernel = partial(fla.delta_rule, dtype=call.dtype)
         else:

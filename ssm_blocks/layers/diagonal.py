@@ -5,12 +5,15 @@ h_t = a_t * h_{t-1} + i_t * B u_t with a_t in (0, 1), in (-1, 1), or in the comp
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from ssm_blocks.layers.base import Call, Inputs
 from ssm_blocks.layers.linear_state import LinearStateMixer
 from ssm_blocks.layers.modules import Gate
+from ssm_blocks.layers.poles import RADIUS, logit
 from ssm_blocks.mixer import register
 from ssm_blocks.ops.reference import scan_reference
 from ssm_blocks.ops.scans import scan
@@ -20,7 +23,7 @@ from ssm_blocks.ops.scans import scan
 class DiagonalSSM(LinearStateMixer):
     """a_t = sigmoid in (0, 1). Options as in `LinearStateMixer`; method: see `ops.scans.scan`."""
 
-    first_decay = 3.0
+    first_decay = logit(RADIUS)
 
     def __init__(
         self,
@@ -48,6 +51,10 @@ class DiagonalSSM(LinearStateMixer):
         self.angle_gate = Gate(dim, size, gain=1.0) if self.is_complex else None
         self.init_weights()
 
+    def recurrence_flops_per_token(self) -> int:
+        """Per state: a h + i b of 3, or 10 where complex."""
+        return (10 if self.is_complex else 3) * self.num_heads * self.state_size
+
     def _decay(self, raw: Tensor) -> Tensor:
         return torch.sigmoid(raw)
 
@@ -71,7 +78,7 @@ class DiagonalSSM(LinearStateMixer):
 class SignedDiagonalSSM(DiagonalSSM):
     """a_t = tanh in (-1, 1): parity, but no rotation (arXiv:2411.12537)."""
 
-    first_decay = 1.5
+    first_decay = math.atanh(RADIUS)
 
     def _decay(self, raw: Tensor) -> Tensor:
         return torch.tanh(raw)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ssm_blocks.layers.base import Call, Inputs, RecurrentMixer
 from ssm_blocks.layers.modules import Generator, Linear, fill_normal, split_heads, squash, wide
+from ssm_blocks.layers.poles import fill_radii
 from ssm_blocks.mixer import State, register
 from ssm_blocks.ops.cycles import Cycles, diagonalise, find_cycles
 from ssm_blocks.ops.discretize import cauchy_matrix
@@ -59,7 +60,7 @@ class PlainDPLR(RecurrentMixer):
 
     def init_weights(self, generator: Generator = None) -> None:
         super().init_weights(generator)
-        fill_normal(self.decay, 0.5, generator, mean=3.0)
+        fill_radii(self.decay, generator)
         fill_normal(self.p, 1.0, generator)
         fill_normal(self.q, 1.0, generator)
         nn.init.constant_(self.strength, -3.0)
@@ -121,6 +122,14 @@ class PlainDPLR(RecurrentMixer):
     def _first_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> State:
         shape = (batch, self.num_heads, self.head_dim, self.state_size)
         return {"h": torch.zeros(shape, dtype=dtype, device=device)}
+
+    def map_flops_per_token(self) -> int:
+        """See `RecurrentMixer`; B u, C h and the skip are 2 per weight."""
+        return super().map_flops_per_token() + 2 * (self.B.numel() + self.C.numel() + self.skip.numel())
+
+    def recurrence_flops_per_token(self) -> int:
+        """Per state of a channel: l h, and p (q^T h)."""
+        return 5 * self.num_heads * self.head_dim * self.state_size
 
     def _features(self, x: Tensor) -> Tensor:
         return self.v_proj(x)

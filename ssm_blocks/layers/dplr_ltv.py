@@ -17,9 +17,9 @@ from ssm_blocks.layers.dictionary import PermutationDictionary, identity_weights
 from ssm_blocks.layers.modules import Gate, Linear, split_heads
 from ssm_blocks.mixer import State, register
 from ssm_blocks.ops import fla
-from ssm_blocks.ops.permutation import out_of_frame, prefix_products
-from ssm_blocks.ops.permuted_dplr import into_frames, permuted_dplr, routed_dplr
+from ssm_blocks.ops.permutation import into_frames, out_of_frame, permuted_dplr, prefix_products
 from ssm_blocks.ops.reference import dplr_reference
+from ssm_blocks.ops.routed import Routing, routed_dplr
 
 STRONGEST_DECAY = 5.0  # fla's safe gate takes log decays in [-5, 0)
 ROUTED_KEYS = 32  # the gradient of the choice costs K x K x V per token
@@ -63,6 +63,10 @@ class TimeVaryingDPLR(RecurrentMixer):
     def _first_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> State:
         return {"S": torch.zeros(batch, self.num_heads, self.key_dim, self.value_dim, dtype=dtype, device=device)}
 
+    def recurrence_flops_per_token(self) -> int:
+        """Per entry of S: b^T S, a w^T, k v^T and S^T q of 2 each, one decay."""
+        return 9 * self.num_heads * self.key_dim * self.value_dim
+
     def _features(self, x: Tensor) -> Tensor:
         return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
 
@@ -100,7 +104,8 @@ class TimeVaryingDPLR(RecurrentMixer):
         if call.form == "step":
             o, S = _one_step(core, index, sign, S)
         elif learning:
-            o, S = routed_dplr(core, weights, self.dictionary.dense().to(S.dtype), index, sign, S, self.chunk)
+            routing = Routing(weights, self.dictionary.dense().to(S.dtype), index, sign)
+            o, S = routed_dplr(core, routing, S, self.chunk)
         elif fla.use_fla(self.backend, call.dtype, S.device, max(self.key_dim, self.value_dim)):
             index, sign = prefix_products(index, sign)
             o, S = fla.dplr(*into_frames(core, index, sign), S, call.dtype)

@@ -119,6 +119,15 @@ class SegmentedHSS(RecurrentMixer):
             for name, shape in shapes.items()
         }
 
+    def map_flops_per_token(self) -> int:
+        """See `RecurrentMixer`; q and k go through one side's bases, v and o through the other's."""
+        return super().map_flops_per_token() + 2 * 2 * sum(p.numel() for p in self.bases.parameters())
+
+    def recurrence_flops_per_token(self) -> int:
+        """Per entry of the state: one decay, a write and a read of 2 each."""
+        leaves, r, m = self.bases.num_leaves, self.rank, self.leaf_size
+        return 5 * self.num_heads * ((2 * leaves - 2) * r * r + leaves * m * m)
+
     def _features(self, x: Tensor) -> Tensor:
         return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
 

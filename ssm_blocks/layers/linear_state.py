@@ -64,6 +64,10 @@ class LinearStateMixer(RecurrentMixer):
         if self.first_state is not None:
             fill_normal(self.first_state, self.state_size**-0.5, generator)
 
+    def map_flops_per_token(self) -> int:
+        """See `RecurrentMixer`; B u and Re(C h) cost 2 per real number of B and C, whether complex or not."""
+        return super().map_flops_per_token() + 2 * (self.B.numel() + self.C.numel() + self.skip.numel())
+
     def _number(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
         return as_complex(parameter, dtype) if self.is_complex else parameter.to(dtype)
 

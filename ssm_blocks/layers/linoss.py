@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ssm_blocks.layers.base import Call, Inputs
 from ssm_blocks.layers.linear_state import LinearStateMixer
-from ssm_blocks.layers.modules import Generator, bounded_exp, fill_uniform, squash
+from ssm_blocks.layers.modules import Generator, bounded_exp, squash
+from ssm_blocks.layers.poles import fill_dampings, fill_log_angles, fill_squashed_angles
 from ssm_blocks.mixer import State, register
 from ssm_blocks.ops.lti import lti_states
 
@@ -49,14 +50,21 @@ class LinOSS(LinearStateMixer):
         self.init_weights()
 
     def init_weights(self, generator: Generator = None) -> None:
-        """Angles per token log-uniform in about [.02, 2) where explicit; damping about .02."""
+        """Angles and damping as in `poles`."""
         super().init_weights(generator)
-        fill_uniform(self.frequency, -4.0, 1.0, generator)
+        if self.implicit:
+            fill_log_angles(self.frequency, generator)
+        else:
+            fill_squashed_angles(self.frequency, LARGEST_ANGLE, generator)
         if self.damping is not None:
-            nn.init.constant_(self.damping, -4.0)
+            fill_dampings(self.damping, generator)
 
     def _first_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> State:
         return {"h": torch.zeros(batch, self.num_heads, self.state_size, 2, dtype=dtype, device=device)}
+
+    def recurrence_flops_per_token(self) -> int:
+        """Per oscillator: z = S (z - s x + F), x = x + s z."""
+        return 6 * self.num_heads * self.state_size
 
     def coefficients(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(s, S) [H, n]: the angle s, positive, below 2 where explicit; S = 1 / (1 + what is implicit)."""

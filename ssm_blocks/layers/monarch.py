@@ -67,6 +67,11 @@ class MonarchGated(LinearStateMixer):
         self.block_gate = Gate(dim, gates, gain=1.0) if gates else None
         self.init_weights()
 
+    def recurrence_flops_per_token(self) -> int:
+        """Making the 2 b blocks, and applying them: 2 b^2 each."""
+        b = self.block_size
+        return self.num_heads * (FACTORS * b * (self._block_flops() + 2 * b * b) + b * b)
+
     # what a variant defines -----------------------------------------------------------------------------------------
 
     def _vectors_per_block(self) -> int:
@@ -74,6 +79,10 @@ class MonarchGated(LinearStateMixer):
 
     def _gates_per_block(self) -> int:
         return self.num_householder
+
+    def _block_flops(self) -> int:
+        """Forward FLOPs of one block: a reflection costs 4 b^2."""
+        return 4 * self.block_size**2 * self.num_householder
 
     def _blocks(self, vectors: Tensor, gates: Tensor | None, exact: bool) -> Tensor:
         """vectors [..., m, b], gates [..., m] -> [..., b, b] of norm <= 1; `exact` multiplies one by one."""
@@ -128,6 +137,10 @@ class MonarchCayley(MonarchGated):
 
     def _gates_per_block(self) -> int:
         return 0
+
+    def _block_flops(self) -> int:
+        """An inverse."""
+        return 2 * self.block_size**3
 
     def _blocks(self, vectors: Tensor, gates: Tensor | None, exact: bool) -> Tensor:
         sign = torch.ones_like(vectors[..., 0]) if gates is None else gates.tanh()

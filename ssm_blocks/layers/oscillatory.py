@@ -7,14 +7,13 @@ and the bilinear map (dt = 1) is a contraction for every value of the parameters
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from ssm_blocks.layers.base import Call, Inputs
 from ssm_blocks.layers.linear_state import LinearStateMixer, as_complex
-from ssm_blocks.layers.modules import Generator, bounded_exp, fill_normal, fill_uniform
+from ssm_blocks.layers.modules import Generator, bounded_exp, fill_normal
+from ssm_blocks.layers.poles import fill_dampings, fill_log_angles
 from ssm_blocks.mixer import register
 from ssm_blocks.ops.discretize import bilinear
 from ssm_blocks.ops.inverse import woodbury_solve
@@ -70,10 +69,10 @@ class OscillatoryDPLR(LinearStateMixer):
         return 0 if self.P is None else self.P.size(2)
 
     def init_weights(self, generator: Generator = None) -> None:
-        """Frequencies log-uniform in [.05, 2] rad per token, zeta near .03, a coupling of norm about .1."""
+        """Frequencies and damping as in `poles`, a coupling of norm about .1."""
         super().init_weights(generator)
-        fill_uniform(self.log_frequency, math.log(0.05), math.log(2.0), generator)
-        fill_normal(self.damping, 0.5, generator, mean=-3.5)
+        fill_log_angles(self.log_frequency, generator)
+        fill_dampings(self.damping, generator)
         for parameter, std in ((self.P, self.state_size**-0.5), (self.X, 0.3), (self.K, 0.3)):
             if parameter is not None:
                 fill_normal(parameter, std, generator)
@@ -118,6 +117,11 @@ class OscillatoryDPLR(LinearStateMixer):
         return woodbury_solve(1 - self.poles(dtype) / 2, P / 2, Q, X)
 
     # the three forms ------------------------------------------------------------------------------------------------
+
+    def recurrence_flops_per_token(self) -> int:
+        """Complex: three diagonal products, P and Q^* on a vector, an r x r solve whose factors are kept."""
+        n, r = self.state_size, self.rank
+        return 8 * self.num_heads * (3 * n + 2 * n * r + r * r)
 
     def _states(self, inputs: Inputs, h: Tensor, call: Call) -> Tensor:
         u, dtype = inputs["u"], inputs["u"].dtype

@@ -7,6 +7,8 @@ solve (I + tril(diag(beta) K K^T * exp(G_t - G_j), -1)) U = diag(beta) (V - exp(
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,24 @@ def chunk_delta_rule(
 
     inverse: how a chunk's triangular system is solved, see `inverse.invert_unit_lower`.
     """
+    parts = chunk_delta_parts(q, k, v, beta, log_decay, S, chunk, inverse)
+    return parts.o, parts.S
+
+
+class DeltaParts(NamedTuple):
+    """o [B, T, H, V], the last S, S at each chunk's start, pseudo-values [B, H, N, C, V], tokens per chunk."""
+
+    o: Tensor
+    S: Tensor
+    starts: list[Tensor]
+    news: Tensor
+    chunk: int
+
+
+def chunk_delta_parts(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, S: Tensor, chunk: int, inverse: str
+) -> DeltaParts:
+    """`chunk_delta_rule` with what it goes through on the way."""
     length = q.size(1)
     chunk = min(chunk, length)
     if log_decay is None:
@@ -36,7 +56,8 @@ def chunk_delta_rule(
     W, U = _pseudo_values(k, v, beta, total, decay, inverse)
     starts, news, S = _carry(k * (total[..., -1:] - total).exp().unsqueeze(-1), U, W, total[..., -1], S)
     scores = (q @ k.mT * decay) @ news
-    return unfold(total.exp().unsqueeze(-1) * (q @ starts) + scores, length), S
+    o = unfold(total.exp().unsqueeze(-1) * (q @ torch.stack(starts, 2)) + scores, length)
+    return DeltaParts(o, S, starts, news, chunk)
 
 
 def chunk_linear_attention(
@@ -47,7 +68,7 @@ def chunk_linear_attention(
     q, k, v, log_decay = (fold(x, min(chunk, length)) for x in (q, k, v, log_decay))
     total, decay = decay_matrix(log_decay)
     starts, _, S = _carry(k * (total[..., -1:] - total).exp().unsqueeze(-1), v, None, total[..., -1], S)
-    o = total.exp().unsqueeze(-1) * (q @ starts) + (q @ k.mT * decay) @ v
+    o = total.exp().unsqueeze(-1) * (q @ torch.stack(starts, 2)) + (q @ k.mT * decay) @ v
     return unfold(o, length), S
 
 
@@ -84,12 +105,14 @@ def _pseudo_values(
     return W, U
 
 
-def _carry(k: Tensor, U: Tensor, W: Tensor | None, chunk_decay: Tensor, S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The state at the start of every chunk [B, H, N, K, V], all pseudo-values [B, H, N, C, V], and the last state."""
+def _carry(
+    k: Tensor, U: Tensor, W: Tensor | None, chunk_decay: Tensor, S: Tensor
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """The state at the start of every chunk [B, H, K, V], all pseudo-values [B, H, N, C, V], and the last state."""
     starts, news = [], []
     for n in range(k.size(2)):
         starts.append(S)
         new = U[:, :, n] if W is None else U[:, :, n] - W[:, :, n] @ S
         S = chunk_decay[:, :, n, None, None].exp() * S + k[:, :, n].mT @ new
         news.append(new)
-    return torch.stack(starts, 2), torch.stack(news, 2), S
+    return starts, torch.stack(news, 2), S

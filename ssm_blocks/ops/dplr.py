@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -27,17 +29,41 @@ def chunk_dplr(
     kept as differences per channel, [C, C, K] a chunk, so no decay is too strong; hence the small chunk. bounded: the
     caller promises that log decays sum to at least -80 over a chunk; then matrix products do (see `decayed_scores`).
     """
+    parts = chunk_dplr_parts(q, k, v, a, b, log_decay, S, chunk, bounded)
+    return parts.o, parts.S
+
+
+class DPLRParts(NamedTuple):
+    """o [B, T, H, V], the last S, S at each chunk's start, reads w [B, H, N, C, V], the part `right` of the right-hand
+    sides of their systems that does not depend on S, tokens per chunk.
+    """
+
+    o: Tensor
+    S: Tensor
+    starts: list[Tensor]
+    reads: Tensor
+    right: Tensor
+    chunk: int
+
+
+def chunk_dplr_parts(
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, log_decay: Tensor, S: Tensor, chunk: int, bounded: bool
+) -> DPLRParts:
+    """`chunk_dplr` with what it goes through on the way."""
     length = q.size(1)
-    q, k, v, a, b, log_decay = (fold(x, min(chunk, length)) for x in (q, k, v, a, b, log_decay))
+    chunk = min(chunk, length)
+    q, k, v, a, b, log_decay = (fold(x, chunk) for x in (q, k, v, a, b, log_decay))
     total = log_decay.cumsum(-2)
     before = total - log_decay
     AB, BK = (decayed_scores(b, before, x, total, strict=True, bounded=bounded) for x in (a, k))
     QA, QK = (decayed_scores(q, total, x, total, strict=False, bounded=bounded) for x in (a, k))
-    solved = solve_unit_lower(-AB, torch.cat([b * before.exp(), BK @ v], -1))
+    right = BK @ v
+    solved = solve_unit_lower(-AB, torch.cat([b * before.exp(), right], -1))
     W, U = solved.split([k.size(-1), v.size(-1)], -1)
     last = (total[..., -1:, :] - total).exp()
     starts, w, S = _carry(a * last, k * last, v, U, W, total[..., -1, :], S)
-    return unfold((q * total.exp()) @ starts + QA @ w + QK @ v, length), S
+    o = unfold((q * total.exp()) @ torch.stack(starts, 2) + QA @ w + QK @ v, length)
+    return DPLRParts(o, S, starts, w, right, chunk)
 
 
 def decayed_scores(x: Tensor, later: Tensor, y: Tensor, earlier: Tensor, strict: bool, bounded: bool) -> Tensor:
@@ -59,7 +85,7 @@ def decayed_scores(x: Tensor, later: Tensor, y: Tensor, earlier: Tensor, strict:
 
 def _carry(
     a: Tensor, k: Tensor, v: Tensor, U: Tensor, W: Tensor, chunk_decay: Tensor, S: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[list[Tensor], Tensor, Tensor]:
     """State at the start of every chunk, all w_t = S_{t-1}^T b_t, and the last state."""
     starts, ws = [], []
     for n in range(k.size(2)):
@@ -67,4 +93,4 @@ def _carry(
         w = U[:, :, n] + W[:, :, n] @ S
         S = chunk_decay[:, :, n].exp().unsqueeze(-1) * S + a[:, :, n].mT @ w + k[:, :, n].mT @ v[:, :, n]
         ws.append(w)
-    return torch.stack(starts, 2), torch.stack(ws, 2), S
+    return starts, torch.stack(ws, 2), S

@@ -1,23 +1,54 @@
-"""Parallel forms of h_t = A h_{t-1} + b_t with one constant A: powers by squaring instead of a general scan."""
+"""Parallel forms of h_t = A h_{t-1} + b_t with one constant A: its powers instead of a general scan."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from ssm_blocks.ops.delta import fold, unfold
+
+LARGEST_CHUNK, LARGEST_BLOCK = 16, 256  # tokens per chunk; rows of the matrix that a chunk is multiplied by
+
 
 def lti_states(A: Tensor, b: Tensor, h0: Tensor) -> Tensor:
-    """All states [B, T, H, n] for A [H, n, n], b [B, T, H, n], h0 [B, H, n]: log2 T rounds h_t += A^s h_{t-s}.
+    """All states [B, T, H, n] for A [H, n, n], b [B, T, H, n], h0 [B, H, n].
 
-    After the round with shift s, h_t holds the last 2s inputs: doubling (Hillis and Steele 1986) with constant A.
+    C tokens at a time by one product with the block-triangular matrix of the powers A^(i - j); their last states run
+    from chunk to chunk the same way with A^C. Two passes over memory where doubling makes 2 log2 T.
     """
-    first = b[:, :1] + _apply(A, h0.unsqueeze(1))
-    h = torch.cat([first, b[:, 1:]], 1)
-    power, shift = A, 1
-    while shift < h.size(1):
-        h = torch.cat([h[:, :shift], h[:, shift:] + _apply(power, h[:, :-shift])], 1)
-        power, shift = power @ power, 2 * shift
-    return h
+    batch, length, _, n = b.shape
+    chunk = min(length, LARGEST_CHUNK, max(2, LARGEST_BLOCK // n))
+    powers = _powers(A, chunk)
+    folded = fold(b, chunk).permute(1, 0, 2, 3, 4).flatten(3).flatten(1, 2)  # [H, B N, C n]
+    inside = folded @ _block_triangle(powers).mT
+    num_chunks = folded.size(1) // batch
+    starts = h0.unsqueeze(1)
+    if num_chunks > 1:
+        ends = inside[..., -n:].unflatten(1, (batch, num_chunks)).permute(1, 2, 0, 3)[:, :-1]
+        starts = torch.cat([starts, lti_states(powers[:, chunk], ends, h0)], 1)
+    ahead = powers[:, 1:].flatten(1, 2)  # [H, C n, n]
+    states = inside + starts.permute(2, 0, 1, 3).flatten(1, 2) @ ahead.mT
+    return unfold(states.unflatten(-1, (chunk, n)).unflatten(1, (batch, num_chunks)).transpose(0, 1), length)
+
+
+def _powers(A: Tensor, largest: int) -> Tensor:
+    """A^0 ... A^largest as [H, largest + 1, n, n], by doubling."""
+    identity = torch.eye(A.size(-1), dtype=A.dtype, device=A.device).expand_as(A)
+    powers, step = identity.unsqueeze(1), A
+    while powers.size(1) <= largest:
+        powers = torch.cat([powers, powers @ step.unsqueeze(1)], 1)
+        step = step @ step
+    return powers[:, : largest + 1]
+
+
+def _block_triangle(powers: Tensor) -> Tensor:
+    """[H, C n, C n] with A^(i - j) in block (i, j), zero above the diagonal; from A^0 ... A^C."""
+    chunk, n = powers.size(1) - 1, powers.size(-1)
+    place = torch.arange(chunk, device=powers.device)
+    lag = place.unsqueeze(1) - place
+    padded = torch.cat([powers[:, :chunk], torch.zeros_like(powers[:, :1])], 1)
+    blocks = padded[:, torch.where(lag < 0, chunk, lag)]  # [H, C, C, n, n]
+    return blocks.transpose(2, 3).reshape(-1, chunk * n, chunk * n)
 
 
 def krylov(A: Tensor, b: Tensor, length: int) -> Tensor:
@@ -49,8 +80,3 @@ def causal_convolution(kernel: Tensor, u: Tensor) -> Tensor:
     size = 2 * u.size(1)
     product = torch.fft.rfft(kernel, size, dim=0) * torch.fft.rfft(u, size, dim=1)
     return torch.fft.irfft(product, size, dim=1)[:, : u.size(1)]
-
-
-def _apply(A: Tensor, h: Tensor) -> Tensor:
-    """A [H, n, n] on h [B, T, H, n]."""
-    return torch.einsum("hij,bthj->bthi", A, h)

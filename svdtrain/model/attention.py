@@ -18,7 +18,8 @@ MixerFactory = Callable[[GPTConfig, int], nn.Module]
     forward(x[B, T, D], ve[B, T, kv_dim] | None, cos_sin, window_size, kv_cache | None) -> y[B, T, D]
 
 With a cache, the module reads and writes `kv_cache.mixer_state[layer]` (or keys and values); the GPT moves the
-position.
+position. A module whose `needs_keys` is false gets no memory for keys and values, and one whose `uses_value_embedding`
+is false no table; `flops_per_token()`, if there is one, says what it costs beside its nn.Linear weights.
 """
 
 VE_GATE_CHANNELS = 12

@@ -85,7 +85,11 @@ class GPT(nn.Module):
         self.smear_lambda = nn.Parameter(torch.zeros(1))
         self.backout_lambda = nn.Parameter(torch.full((1,), 0.2))
         kv_dim = config.n_kv_head * config.head_dim
-        layers = [layer for layer in range(config.n_layer) if config.has_value_embedding(layer)]
+        layers = [
+            layer
+            for layer, block in enumerate(self.blocks)
+            if config.has_value_embedding(layer) and getattr(block.attn, "uses_value_embedding", True)
+        ]
         self.value_embeds = nn.ModuleDict({str(layer): self._embedding(vocab, kv_dim) for layer in layers})
 
     def _make_rotary(self) -> None:
@@ -121,13 +125,17 @@ class GPT(nn.Module):
         self._make_rotary()
 
     def parameter_counts(self) -> dict[str, int]:
-        """Number of parameters by role: wte, value_embeds, lm_head, transformer_matrices, scalars, total."""
+        """Number of parameters by role: wte, value_embeds, lm_head, transformer_matrices, scalars, total.
+
+        transformer_matrices: the weights of the blocks' nn.Linear; what mixers have beside them (poles, gates, taps)
+        counts as scalars.
+        """
         total = sum(p.numel() for p in self.parameters())
         counts = {
             "wte": _numel(self.transformer["wte"]),
             "value_embeds": _numel(self.value_embeds) if self.config.variant == "2026" else 0,
             "lm_head": _numel(self.lm_head),
-            "transformer_matrices": _numel(self.transformer["h"]),
+            "transformer_matrices": _linear_weights(self.transformer["h"]),
         }
         return {**counts, "scalars": total - sum(counts.values()), "total": total}
 
@@ -137,7 +145,7 @@ class GPT(nn.Module):
         The PaLM convention (arXiv:2204.02311, appendix B) with each layer's window as the number of visible keys. A
         mixer in attention's place says itself what its recurrence costs: `flops_per_token()`.
         """
-        weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        weights = _linear_weights(self)
         mixing = [
             self._mixing_flops(block, left) for block, (left, _) in zip(self.blocks, self.window_sizes, strict=True)
         ]
@@ -238,3 +246,7 @@ def _remake_rotary(model: GPT, incompatible_keys: object) -> None:
 
 def _numel(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
+
+
+def _linear_weights(module: nn.Module) -> int:
+    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,9 +13,11 @@ if TYPE_CHECKING:
 
 
 class KVCache:
-    """Keys and values of all layers, the position, and the last embedding before smearing.
+    """Keys and values of the layers that attend, the position, and the last embedding before smearing.
 
     `mixer_state` has one slot per layer for sequence mixers that keep a state of their own instead of keys and values.
+    attending: the layers that get memory for keys and values, all by default; without any, no memory grows with
+    max_len.
     """
 
     def __init__(
@@ -27,8 +30,11 @@ class KVCache:
         head_dim: int,
         device: torch.device | str,
         dtype: torch.dtype,
+        attending: Sequence[int] | None = None,
     ) -> None:
-        shape = (n_layer, batch_size, max_len, n_kv_head, head_dim)
+        layers = range(n_layer) if attending is None else attending
+        self._place = {layer: place for place, layer in enumerate(layers)}
+        shape = (len(layers), batch_size, max_len, n_kv_head, head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.position = 0
@@ -47,6 +53,7 @@ class KVCache:
             head_dim=config.head_dim,
             device=model.get_device(),
             dtype=model.compute_dtype,
+            attending=[i for i, block in enumerate(model.blocks) if getattr(block.attn, "needs_keys", True)],
         )
 
     @property
@@ -64,9 +71,16 @@ class KVCache:
             raise ValueError(
                 f"the KV cache holds {self.max_len} tokens, {end} are needed; make it with a larger max_len"
             )
-        self.keys[layer, :, self.position : end] = k
-        self.values[layer, :, self.position : end] = v
-        return self.keys[layer, :, :end], self.values[layer, :, :end]
+        keys, values = self.keys[self._place[layer]], self.values[self._place[layer]]
+        keys[:, self.position : end] = k
+        values[:, self.position : end] = v
+        return keys[:, :end], values[:, :end]
+
+    def num_bytes(self) -> int:
+        """Memory of everything that is remembered between tokens."""
+        states = [value for state in self.mixer_state if state is not None for value in state.values()]
+        last = [] if self.prev_embedding is None else [self.prev_embedding]
+        return sum(x.numel() * x.element_size() for x in [self.keys, self.values, *states, *last])
 
     def advance(self, num_tokens: int) -> None:
         """Move the position after a forward pass over num_tokens."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ssm_blocks import available
+from ssm_blocks import available, build
 from ssm_blocks.adapter import AttentionAdapter, is_attention_layer, mixer_factory
 from svdtrain.model.attention import CausalSelfAttention
 from svdtrain.model.generate import generate
@@ -39,6 +39,23 @@ def test_decoding_equals_one_pass(name: str) -> None:
         got = [network(tokens[:, :5], kv_cache=cache), network(tokens[:, 5:7], kv_cache=cache)]
         got += [network(tokens[:, t : t + 1], kv_cache=cache) for t in range(7, 12)]
     torch.testing.assert_close(torch.cat(got, 1), want, atol=2e-4, rtol=1e-3)
+
+
+def bytes_after(pattern: str, max_len: int) -> int:
+    """Of a cache for max_len tokens after a prefill and one more token."""
+    network = model("neg_deltanet", pattern)
+    cache = KVCache.for_model(network, batch_size=1, max_len=max_len)
+    with torch.no_grad():
+        network(torch.zeros(1, max_len - 1, dtype=torch.long), kv_cache=cache)
+        network(torch.zeros(1, 1, dtype=torch.long), kv_cache=cache)
+    return cache.num_bytes()
+
+
+def test_memory_of_decoding_does_not_grow_with_the_length() -> None:
+    """Of mixers alone it is constant; with one layer of attention in two, it grows by that layer's keys and values."""
+    state = sum(x.numel() for x in build("neg_deltanet", 32).init_state(1).values())
+    assert bytes_after("M", 12) == bytes_after("M", 400) == 4 * (2 * state + 32)
+    assert bytes_after("MA", 400) - bytes_after("MA", 12) == 4 * 2 * 32 * (400 - 12)
 
 
 def test_mixers_and_attention_in_one_model() -> None:
@@ -88,6 +105,6 @@ def test_adaptive_svd_finds_the_projections() -> None:
     assert {name.rsplit(".", 1)[-1] for name in found} == {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
-def test_flops_count_the_state() -> None:
+def test_flops_count_state_and_gate() -> None:
     adapter = AttentionAdapter("deltanet", 128, 0, conv_size=0)
-    assert adapter.flops_per_token() == 3 * 6 * 2 * 64 * 64
+    assert adapter.flops_per_token() == 3 * (6 * 2 * 64 * 64 + 2 * 2 * 128)

@@ -10,9 +10,9 @@ from torch import Tensor
 from ssm_blocks.ops.delta import chunk_delta_rule, chunk_linear_attention
 from ssm_blocks.ops.dplr import chunk_dplr
 from ssm_blocks.ops.inverse import INVERSES
-from ssm_blocks.ops.permutation import permuted_delta_rule, prefix_products, routed_delta_rule, to_dense
-from ssm_blocks.ops.permuted_dplr import permuted_dplr, routed_dplr
+from ssm_blocks.ops.permutation import permuted_delta_rule, permuted_dplr, prefix_products, to_dense
 from ssm_blocks.ops.reference import delta_rule_reference, dplr_reference, linear_attention_reference
+from ssm_blocks.ops.routed import Routing, routed_delta_rule, routed_dplr
 
 B, H, K, V, M = 2, 2, 4, 3, 3
 LENGTHS = [1, 63, 64, 100]
@@ -147,7 +147,7 @@ def test_straight_through_gradients_are_exact(T: int) -> None:
     heads = torch.arange(H)
     agree(
         lambda: routed_delta_rule(
-            **x, weights=weights, dictionary=dictionary, index=index[heads, choice], sign=sign[heads, choice], chunk=8
+            **x, routing=Routing(weights, dictionary, index[heads, choice], sign[heads, choice]), chunk=8
         ),
         lambda: delta_rule_reference(**x, log_decay=None, G=torch.einsum("bthm,hmij->bthij", weights, dictionary)),
         [*x.values(), soft, logits],
@@ -183,7 +183,7 @@ def test_straight_through_gradients_of_dplr(T: int) -> None:
     dictionary = to_dense(index, sign) + soft - soft.detach()
     heads = torch.arange(H)
     agree(
-        lambda: routed_dplr(core, weights, dictionary, index[heads, choice], sign[heads, choice], S, chunk=8),
+        lambda: routed_dplr(core, Routing(weights, dictionary, index[heads, choice], sign[heads, choice]), S, chunk=8),
         lambda: dplr_reference(*core, S, torch.einsum("bthm,hmij->bthij", weights, dictionary)),
         [*core, S, soft, logits],
     )

@@ -1,0 +1,267 @@
+"""Compare flash-linear-attention's kernels, as ssm_blocks calls them, with the definitions token by token.
+
+    python scripts/check_fla.py --out fla.json          on a CUDA device with fla-core[cuda] installed
+
+bf16; outputs, last state and every gradient by the RMS of the difference over the RMS of the value, at most .01. Both
+sides get the same inputs, rounded to bf16 on the way into the kernel, so that what differs is the kernel. Where G_t is
+learned (cs_*, dplr_ltv), fla serves inference, so those layers are compared without gradients. Exits with 1 if any
+value is off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssm_blocks import Mixer, build
+from ssm_blocks.ops import fla
+from ssm_blocks.ops.reference import delta_rule_reference, dplr_reference, linear_attention_reference
+
+LIMIT = 0.01
+BATCH, HEADS = 2, 4
+LAYERS: dict[str, dict] = {
+    "deltanet": {},
+    "neg_deltanet": {},
+    "deltaproduct": {},
+    "ssd_deltanet": {},
+    "gated_ssd_deltanet": {},
+    "segmented_hss": {"num_heads": 1, "rank": 16},
+    "cs_deltanet": {},
+    "cs_neg_deltanet": {},
+    "dplr_ltv": {},
+}
+CHOOSING = ("cs_deltanet", "cs_neg_deltanet", "dplr_ltv")
+Outputs = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """RMS ratios by value, or why there are none."""
+
+    what: str
+    length: int
+    ratios: dict[str, float]
+    seconds: float
+    error: str = ""
+
+    @property
+    def good(self) -> bool:
+        return not self.error and all(ratio <= LIMIT for ratio in self.ratios.values())
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    device = torch.device("cuda")
+    rows = []
+    for length in arguments.lengths:
+        rows += [check_operator(name, length, device) for name in OPERATORS]
+        rows += [check_layer(name, length, arguments.dim, device) for name in LAYERS]
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "triton", "fla-core")}
+    print(f"{torch.cuda.get_device_name()}, {versions}")
+    print(table(rows))
+    content = {
+        "device": torch.cuda.get_device_name(),
+        "versions": versions,
+        "limit": LIMIT,
+        "rows": list(map(asdict, rows)),
+    }
+    if arguments.out:
+        arguments.out.write_text(json.dumps(content, indent=1) + "\n")
+    print(json.dumps(content))
+    return 0 if all(row.good for row in rows) else 1
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[64, 100, 500])
+    parser.add_argument("--dim", type=int, default=256)
+    parser.add_argument("--out", type=Path, default=None)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("this compares CUDA kernels; no CUDA device is here")
+    return arguments
+
+
+# operators ------------------------------------------------------------------------------------------------------------
+
+
+def random_inputs(length: int, device: torch.device) -> dict[str, Tensor]:
+    """Inputs that bf16 holds exactly, as float32, ready for gradients."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device)
+
+    token = (BATCH, length, HEADS)
+    direction = F.normalize(draw(*token, 64), dim=-1)
+    values = {
+        "q": F.normalize(draw(*token, 64), dim=-1),
+        "k": F.normalize(draw(*token, 64), dim=-1),
+        "v": draw(*token, 64),
+        "beta": 2 * draw(*token).sigmoid(),
+        "log_decay": F.logsigmoid(draw(*token) + 3),
+        "b": direction,
+        "a": -2 * draw(*token, 1).sigmoid() * direction,
+        "channel_decay": -5 * (draw(*token, 64) - 3).sigmoid(),
+        "S": 0.5 * draw(BATCH, HEADS, 64, 64),
+    }
+    return {name: value.bfloat16().float().requires_grad_() for name, value in values.items()}
+
+
+KERNELS: dict[str, tuple[Callable, Callable, tuple[str, ...]]] = {
+    "delta_rule": (
+        lambda q, k, v, beta, S: fla.delta_rule(q, k, v, beta, None, S, torch.bfloat16),
+        lambda q, k, v, beta, S: delta_rule_reference(q, k, v, beta, None, S),
+        ("q", "k", "v", "beta", "S"),
+    ),
+    "gated_delta_rule": (
+        lambda q, k, v, beta, g, S: fla.delta_rule(q, k, v, beta, g, S, torch.bfloat16),
+        delta_rule_reference,
+        ("q", "k", "v", "beta", "log_decay", "S"),
+    ),
+    "dplr": (
+        lambda q, k, v, a, b, g, S: fla.dplr(q, k, v, a, b, g, S, torch.bfloat16),
+        dplr_reference,
+        ("q", "k", "v", "a", "b", "channel_decay", "S"),
+    ),
+    "linear_attention": (
+        lambda q, k, v, g, S: fla.linear_attention(q, k, v, g, S, torch.bfloat16),
+        linear_attention_reference,
+        ("q", "k", "v", "log_decay", "S"),
+    ),
+}
+OPERATORS = tuple(KERNELS)
+
+
+def check_operator(name: str, length: int, device: torch.device) -> Row:
+    kernel, reference, names = KERNELS[name]
+    inputs = random_inputs(length, device)
+    leaves = {key: inputs[key] for key in names}
+
+    def values(function: Callable) -> Outputs:
+        o, S = function(*leaves.values())
+        return with_gradients({"o": o, "state": S}, leaves)
+
+    return compare(f"op {name}", length, lambda: values(kernel), lambda: values(reference))
+
+
+# layers ---------------------------------------------------------------------------------------------------------------
+
+
+def check_layer(name: str, length: int, dim: int, device: torch.device) -> Row:
+    torch.manual_seed(0)
+    mixer = build(name, dim, **LAYERS[name]).to(device)
+    x = torch.randn(BATCH, length, dim, device=device).bfloat16().requires_grad_()
+
+    mixer.backend = "fla"  # type: ignore[assignment]
+
+    def values() -> Outputs:
+        with torch.set_grad_enabled(name not in CHOOSING):
+            y, state = mixer(x, return_state=True)
+        found = {"y": y, **{f"state {key}": value for key, value in state.items()}}
+        return found if name in CHOOSING else with_gradients(found, leaves_of(mixer, x))
+
+    def by_definition() -> Outputs:
+        with definitions_for_kernels():
+            return values()
+
+    return compare(name, length, values, by_definition)
+
+
+@contextmanager
+def definitions_for_kernels() -> Iterator[None]:
+    """fla's kernels replaced by the definitions, in float32 on inputs rounded as for the kernels."""
+
+    def rounded(*tensors: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        return [x.to(dtype).float() for x in tensors]
+
+    def delta_rule(q, k, v, beta, log_decay, S, dtype):
+        return delta_rule_reference(*rounded(q, k, v, beta, dtype=dtype), log_decay, S)
+
+    def dplr(q, k, v, a, b, log_decay, S, dtype):
+        return dplr_reference(*rounded(q, k, v, a, b, dtype=dtype), log_decay, S)
+
+    def linear_attention(q, k, v, log_decay, S, dtype):
+        return linear_attention_reference(*rounded(q, k, v, dtype=dtype), log_decay, S)
+
+    definitions = {f.__name__: f for f in (delta_rule, dplr, linear_attention)}
+    kernels = {name: getattr(fla, name) for name in definitions}
+    try:
+        for name, definition in definitions.items():
+            setattr(fla, name, definition)
+        yield
+    finally:
+        for name, kernel in kernels.items():
+            setattr(fla, name, kernel)
+
+
+def leaves_of(mixer: Mixer, x: Tensor) -> dict[str, Tensor]:
+    return {"x": x, **dict(mixer.named_parameters())}
+
+
+# both -----------------------------------------------------------------------------------------------------------------
+
+
+def with_gradients(outputs: Outputs, leaves: dict[str, Tensor]) -> Outputs:
+    """The outputs, and the gradients of a fixed random functional of them."""
+    generator = torch.Generator(next(iter(leaves.values())).device).manual_seed(1)
+    loss = sum(
+        (value.float() * torch.randn(value.shape, generator=generator, device=value.device)).sum()
+        for value in outputs.values()
+    )
+    assert isinstance(loss, Tensor)
+    gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    found = {f"grad {name}": g for name, g in zip(leaves, gradients, strict=True) if g is not None}
+    return {**outputs, **found}
+
+
+def compare(what: str, length: int, fast: Callable[[], Outputs], slow: Callable[[], Outputs]) -> Row:
+    """One row; an exception of a kernel or its compiler becomes the row's error."""
+    start = time.perf_counter()
+    try:
+        got, want = fast(), slow()
+        ratios = {name: rms_ratio(got[name], value) for name, value in want.items()}
+    except Exception as error:  # whatever a kernel raises belongs into the table
+        return Row(what=what, length=length, ratios={}, seconds=time.perf_counter() - start, error=f"{error!r}"[:300])
+    return Row(what=what, length=length, ratios=ratios, seconds=time.perf_counter() - start)
+
+
+def rms_ratio(got: Tensor, want: Tensor) -> float:
+    """RMS of the difference over RMS of the value; 0 where both vanish, infinity where a NaN is."""
+    got, want = got.detach().double(), want.detach().double()
+    size, error = want.square().mean().sqrt().item(), (got - want).square().mean().sqrt().item()
+    if error != error:
+        return float("inf")
+    return error / size if size > 0 else float(error > 0)
+
+
+def table(rows: list[Row]) -> str:
+    lines = ["what                    T     outputs  state    gradients (worst)              seconds"]
+    for row in rows:
+        gradients = {name: ratio for name, ratio in row.ratios.items() if name.startswith("grad ")}
+        worst = max(gradients, key=lambda name: gradients[name]) if gradients else ""
+        states = max((ratio for name, ratio in row.ratios.items() if name.startswith("state")), default=float("nan"))
+        output = row.ratios.get("y", row.ratios.get("o", float("nan")))
+        lines.append(
+            f"{row.what:22s} {row.length:5d}  {output:.5f}  {states:.5f}  "
+            + (f"{gradients[worst]:.5f} {worst:22s}" if worst else " " * 30)
+            + f" {row.seconds:6.1f}  {'ok' if row.good else 'OFF ' + row.error}"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

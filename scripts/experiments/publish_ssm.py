@@ -1,0 +1,181 @@
+"""Turn the rows of the state-space experiments into docs/RESULTS_SSM.md and its figures. No number is written by hand.
+
+python scripts/experiments/publish_ssm.py        from docs/results/ssm/NAME.jsonl, as `ssm_blocks.experiments` makes it
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from ssm_blocks.experiments import catalogue
+from ssm_blocks.experiments.experiment import Column, Experiment, Row, settings_hash, spread
+from ssm_blocks.experiments.store import Store
+
+INTRODUCTION = """# Results of the state-space experiments
+
+Made by `python scripts/experiments/publish_ssm.py` from the rows in docs/results/ssm; the command that makes the rows
+stands under each experiment. Numbers are the median over seeds, in brackets the smallest and the largest. Sequences are
+made while training; a hash splits them into halves, and accuracy is that on the half that training never draws. *final*
+is the accuracy of the last answer, *token* that of all, *sequence* the share of sequences without a mistake. *chance*
+is the best guess that does not look at the sequence. A criterion that was not met stays, with the reason where it was
+found.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the page; exit code 1 if there are no rows at all."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="directory with results/ssm (docs)")
+    docs = parser.parse_args(argv).docs
+    (docs / "figures").mkdir(parents=True, exist_ok=True)
+    sections = []
+    for name in catalogue.NAMES:
+        rows = current(catalogue.experiment(name), Store(docs / "results" / "ssm" / f"{name}.jsonl").rows())
+        if rows:
+            sections.append(section(catalogue.experiment(name), rows, docs / "figures"))
+    if not sections:
+        print(f"error: no rows in {docs / 'results' / 'ssm'}", file=sys.stderr)
+        return 1
+    page = docs / "RESULTS_SSM.md"
+    page.write_text("\n".join([INTRODUCTION, *sections]))
+    print(f"wrote {page.name}: {len(sections)} experiments")
+    return 0
+
+
+def current(experiment: Experiment, rows: list[Row]) -> list[Row]:
+    """The rows of full runs with today's settings; others would mix two experiments in one number."""
+    settings = experiment.complete_settings(quick=False)
+    hashes = {arm.name: settings_hash(arm, settings) for arm in experiment.arms()}
+    kept = [row for row in rows if hashes.get(row["arm"]) == row["settings_hash"]]
+    if len(kept) < len(rows):
+        print(f"{experiment.name}: {len(rows) - len(kept)} rows of other settings (or quick ones) left out")
+    return kept
+
+
+def section(experiment: Experiment, rows: list[Row], figures: Path) -> str:
+    """Criteria, tables, the command, and the figure of one experiment."""
+    lines = [f"## {experiment.proposal}: {experiment.name}", "", experiment.question, "", *criteria(experiment, rows)]
+    order = {arm.name: arm.group for arm in experiment.arms()}
+    for group in dict.fromkeys(order.values()):
+        arms = [name for name in order if order[name] == group and any(row["arm"] == name for row in rows)]
+        if arms:
+            lines += ["", *table(experiment, group, arms, rows)]
+    lines += ["", *commands(rows)]
+    if any(_curve(experiment, row) for row in rows):
+        lines += ["", *[draw(experiment, rows, order, figures)]]
+    return "\n".join(lines) + "\n"
+
+
+def criteria(experiment: Experiment, rows: list[Row]) -> list[str]:
+    """What was asked, what came out."""
+    lines = ["| criterion | target | measured | |", "|---|---|---|---|"]
+    judged = experiment.judged(rows)
+    lines += [f"| {c.name} | {c.target} | {c.measured} | {'met' if c.passed else '**not met**'} |" for c in judged]
+    reasons = [f"Not met, {c.name}: {c.reason}" for c in judged if not c.passed and c.reason]
+    return lines + (["", *reasons] if reasons else [])
+
+
+def table(experiment: Experiment, group: str, arms: list[str], rows: list[Row]) -> list[str]:
+    """One line per arm; columns that no arm of the group fills are left out."""
+    members = {arm: [row for row in rows if row["arm"] == arm] for arm in arms}
+    columns = [c for c in experiment.columns if any(c.value(row) is not None for m in members.values() for row in m)]
+    lines = [f"### {group}", ""] if group else []
+    lines += [f"| arm | seeds | {' | '.join(c.title for c in columns)} |", "|---" * (len(columns) + 2) + "|"]
+    for arm, found in members.items():
+        lines.append(f"| {arm} | {len(found)} | {' | '.join(cell(column, found) for column in columns)} |")
+    chance = _chance(columns, [row for found in members.values() for row in found])
+    return lines + ([chance] if chance else [])
+
+
+def cell(column: Column, rows: list[Row]) -> str:
+    """Median and spread; one number where all seeds agree."""
+    values = [value for row in rows if (value := column.value(row)) is not None]
+    if values and min(values) == max(values):
+        values = values[:1]
+    return spread(values, column.format)
+
+
+def _chance(columns: list[Column], rows: list[Row]) -> str:
+    """The line of chance levels, from what the rows recorded."""
+    by_length = {
+        length: at["chance"] for row in rows for length, at in row.get("by_length", {}).items() if "chance" in at
+    }
+    if not by_length:
+        return ""
+    cells = []
+    for column in columns:
+        title, _, length = column.title.partition(" T=")
+        cells.append(f"{by_length[length]:.3f}" if title == "final" and length in by_length else "")
+    return f"| *chance* | | {' | '.join(cells)} |" if any(cells) else ""
+
+
+def commands(rows: list[Row]) -> list[str]:
+    """Every command that made rows, with what it ran on."""
+    found = {}
+    for row in rows:
+        where = f"{row['hardware']}, torch {row['torch']}"
+        key = (row["command"], where)
+        runs, seconds, processes = found.get(key, (0, 0.0, 1))
+        found[key] = runs + 1, seconds + row["seconds"], max(processes, row["processes"])
+    return [
+        f"`{command}`: {runs} runs, {seconds / 60:.1f} minutes of processes, {processes} at a time, on {where}."
+        for (command, where), (runs, seconds, processes) in found.items()
+    ]
+
+
+def draw(experiment: Experiment, rows: list[Row], order: dict[str, str], figures: Path) -> str:
+    """Curves by length, one panel per group; the shade reaches from the worst to the best seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    drawn = {row["arm"] for row in rows if _curve(experiment, row)}
+    groups = list(dict.fromkeys(group for arm, group in order.items() if arm in drawn))
+    figure, panels = plt.subplots(1, len(groups), figsize=(5.5 * len(groups), 4), layout="constrained", squeeze=False)
+    for group, axes in zip(groups, panels[0], strict=True):
+        for arm in (name for name in order if order[name] == group and name in drawn):
+            _draw_arm(axes, arm, [_curve(experiment, row) for row in rows if row["arm"] == arm])
+        _finish_panel(axes, experiment, group, [row for row in rows if order.get(row["arm"]) == group])
+    name = f"ssm_{experiment.name}.png"
+    figure.savefig(figures / name, dpi=110)
+    plt.close(figure)
+    return f"![{experiment.name}: {experiment.curve_label} by length](figures/{name})"
+
+
+def _curve(experiment: Experiment, row: Row) -> dict[int, float]:
+    """Length to value; empty where there is but one point, which is no curve."""
+    by_length = row.get("by_length", {})
+    points = {int(length): at[experiment.curve] for length, at in by_length.items() if experiment.curve in at}
+    return points if len(points) > 1 else {}
+
+
+def _draw_arm(axes: Any, arm: str, curves: list[dict[int, float]]) -> None:
+    lengths = sorted(set.intersection(*(set(curve) for curve in curves)))
+    columns = [[curve[length] for curve in curves] for length in lengths]
+    (line,) = axes.plot(lengths, [statistics.median(c) for c in columns], marker=".", linewidth=1, label=arm)
+    axes.fill_between(lengths, [min(c) for c in columns], [max(c) for c in columns], alpha=0.12, color=line.get_color())
+
+
+def _finish_panel(axes: Any, experiment: Experiment, group: str, rows: list[Row]) -> None:
+    chances = {int(n): at["chance"] for row in rows for n, at in row.get("by_length", {}).items() if "chance" in at}
+    if chances:
+        axes.plot(*zip(*sorted(chances.items()), strict=True), color="grey", linestyle=":", label="chance")
+    axes.set_xscale("log", base=2)
+    if experiment.curve_is_log:
+        axes.set_yscale("log")
+    axes.set_xlabel("length")
+    axes.set_ylabel(experiment.curve_label)
+    axes.set_title(group or experiment.name, fontsize=9)
+    axes.legend(fontsize=6)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The state-space experiments, each one a command: `python -m ssm_blocks.experiments NAME`."""
