@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from real_nanochat import SWITCHING, Nanochat, documents, real_checkout, write_shards
+from real_nanochat import SWITCHING, Nanochat
 
 from svdtrain.runlog import Record, read_records
 
@@ -64,18 +64,6 @@ def test_every_attention_matrix_switches_and_training_goes_on(switched: tuple[Na
         if target["factors"] is not None:
             W = torch.addmm(*(target["factors"][part] for part in ("W_p", "B", "A")))
             torch.testing.assert_close(W, weights[f"transformer.{name}.weight"])
-
-
-@pytest.fixture
-def same_batches(tmp_path: Path, nanochat: Nanochat) -> Nanochat:
-    """nanochat resumes its data near where it was, not there: only text whose every batch is equal lets losses be
-    compared. One long document, of which every row is the beginning."""
-    if nanochat.year == "2025":
-        pytest.skip("this nanochat saves, but its base_train cannot resume")
-    base = tmp_path / "base"
-    write_shards(base / "base_data", documents(1) * 200, documents(240)[200:])
-    (base / "tokenizer").symlink_to(nanochat.base / "tokenizer")
-    return Nanochat(nanochat.year, real_checkout(nanochat.year), base)
 
 
 def test_killed_and_resumed_across_a_switch(same_batches: Nanochat, tmp_path: Path) -> None:
