@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 SETUP_NAMES = ("setup_optimizer", "setup_optimizers")
-SCRIPT = "scripts.base_train"
 ATTENTION_ARGUMENTS = (("x", "ve", "cos_sin", "window_size", "kv_cache"), ("x", "cos_sin", "kv_cache"))
 
 

@@ -14,10 +14,11 @@ from svdtrain.config import SVDConfig
 
 ATTENTION = "attention"  # the mixer that nanochat has already
 RankCheck = Literal["off", "warn", "stop"]
+Script = Literal["base_train", "base_eval", "chat_cli"]
 
 DESCRIPTION = """Run nanochat's base_train unmodified, with adaptive SVD.
 
-    python -m nanochat_patch --nanochat DIR [flags below] -- [flags of scripts/base_train.py]
+    python -m nanochat_patch --nanochat DIR [flags below] -- [flags of scripts/base_train.py, or what --script says]
 
 Paths in nanochat's own flags are relative to DIR, where it runs."""
 
@@ -28,6 +29,8 @@ class Launch:
 
     nanochat: str = ""
     """Directory of the checkout."""
+    script: Script = "base_train"
+    """Its program to run. The others are for models with mixers, which nanochat by itself cannot load."""
     run_dir: str = ""
     """Run directory for svd-monitor; default runs/nanochat-<date>-<time>. Give it again to go on after a resume."""
     rank_check: RankCheck = "warn"
@@ -77,7 +80,7 @@ class Options:
     svd: SVDConfig = field(default_factory=SVDConfig)
     mixer: MixerConfig = field(default_factory=MixerConfig)
     base_train: tuple[str, ...] = ()
-    """Arguments for scripts/base_train.py, untouched."""
+    """Arguments for nanochat's script, untouched."""
 
     def __post_init__(self) -> None:
         if not self.launch.nanochat:

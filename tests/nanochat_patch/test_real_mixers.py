@@ -10,6 +10,8 @@ from real_nanochat import SWITCHING, Nanochat
 from test_real_models import make_bundle
 from test_real_training import assert_same_weights, records
 
+from nanochat_patch.weights import ConversionError, read_nanochat
+
 pytestmark = pytest.mark.slow
 ALL = ["--mixer", "neg_deltanet"]
 
@@ -39,7 +41,11 @@ def test_it_trains_switches_and_samples(nanochat: Nanochat, tmp_path: Path) -> N
     switched = {record["layer"] for record in records(run_dir, "switch")}
     assert len(switched) >= 2
     assert switched <= projections
-    assert not [record for record in records(run_dir, "alert") if record["rule"] == "ranks_differ"]
+    launch = ["-m", "nanochat_patch", "--nanochat", nanochat.path, *ALL, "--script", "chat_cli", "--"]
+    answered = nanochat.run(*launch, "-i", "base", "-g", "mixed", "-p", "The", "--device-type", "cpu")
+    assert len(answered.split("Assistant:")[-1].strip()) > 20
+    with pytest.raises(ConversionError, match="holds mixers"):
+        read_nanochat(nanochat.checkpoint("mixed"))
 
 
 def test_core_in_a_run_with_both_kinds_of_layers(nanochat: Nanochat, tmp_path: Path) -> None:
