@@ -5,6 +5,8 @@ shape and gives up at the ninth, which four more shapes of a mixer reach; and on
 dimension, which the number of ranks must divide. A vector is one more shape, and its length is made to fit.
 """
 
+# pyright: reportPrivateImportUsage=false
+# (the torch._foreach functions are private by name only: torch's own optimizers are built on them)
 from __future__ import annotations
 
 import math
@@ -24,11 +26,11 @@ class FlatParameters:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], num_ranks: int = 1) -> None:
         _check_types(parameters)
-        self._parameters = list(parameters.values())
+        self._parameters: list[Tensor] = list(parameters.values())
         first = self._parameters[0]
         sizes = [p.numel() for p in self._parameters]
-        self._padding = math.ceil(sum(sizes) / num_ranks) * num_ranks - sum(sizes)
-        self._sizes = [*sizes, self._padding]
+        padding = math.ceil(sum(sizes) / num_ranks) * num_ranks - sum(sizes)
+        self._sizes = [*sizes, padding]
         self.vector = nn.Parameter(torch.zeros(sum(self._sizes), dtype=first.dtype, device=first.device))
 
     def add_to(self, optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> None:
