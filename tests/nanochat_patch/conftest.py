@@ -9,7 +9,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from real_nanochat import SWITCHING, VOCAB_SIZE, Nanochat, documents, real_checkout, write_shards
+from real_nanochat import SWITCHING, VOCAB_SIZE, Nanochat, documents, make_bundle, real_checkout, write_shards
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +30,12 @@ def nanochat(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     names = ("vocab-size", "max-chars") if request.param == "2026" else ("vocab_size", "max_chars")
     checkout.run("-m", "scripts.tok_train", f"--{names[0]}={VOCAB_SIZE}", f"--{names[1]}=200000")
     return checkout
+
+
+@pytest.fixture(scope="session")
+def bundle(nanochat: Nanochat) -> Path:
+    """An evaluation bundle for CORE where this checkout looks for it."""
+    return make_bundle(nanochat.base / "eval_bundle", documents(240)[200:])
 
 
 @pytest.fixture(scope="session")

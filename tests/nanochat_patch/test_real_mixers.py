@@ -3,11 +3,9 @@
 import shutil
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 import torch
 from real_nanochat import SWITCHING, Nanochat
-from test_real_models import make_bundle
 from test_real_training import assert_same_weights, records
 
 from nanochat_patch.weights import ConversionError, read_nanochat
@@ -48,10 +46,8 @@ def test_it_trains_switches_and_samples(nanochat: Nanochat, tmp_path: Path) -> N
         read_nanochat(nanochat.checkpoint("mixed"))
 
 
+@pytest.mark.usefixtures("bundle")
 def test_core_in_a_run_with_both_kinds_of_layers(nanochat: Nanochat, tmp_path: Path) -> None:
-    texts = pq.read_table(nanochat.base / "base_data" / "shard_00001.parquet").column("text").to_pylist()
-    if not (nanochat.base / "eval_bundle").exists():
-        make_bundle(nanochat.base / "eval_bundle", texts)
     flags = [*ALL, "--mixer-pattern", "MA", "--no-svd-switching"]
     core = {"core_metric_every": 4, "core_metric_max_per_task": 6}
     nanochat.train_patched(tmp_path / "run", flags, num_iterations=4, eval_every=4, model_tag="both", **core)
