@@ -9,7 +9,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from real_nanochat import SWITCHING, VOCAB_SIZE, Nanochat, documents, make_bundle, real_checkout, write_shards
+from real_nanochat import (
+    SWITCHED_STEPS,
+    SWITCHING,
+    VOCAB_SIZE,
+    Nanochat,
+    documents,
+    make_bundle,
+    real_checkout,
+    write_shards,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -40,9 +49,9 @@ def bundle(nanochat: Nanochat) -> Path:
 
 @pytest.fixture(scope="session")
 def switched(nanochat: Nanochat, tmp_path_factory: pytest.TempPathFactory) -> tuple[Nanochat, Path]:
-    """A run of 30 steps in which matrices switch, saved under the tag d2; and its run directory."""
+    """A run of SWITCHED_STEPS in which matrices switch, saved under the tag d2; and its run directory."""
     run_dir = tmp_path_factory.mktemp("runs") / "switched"
-    nanochat.train_patched(run_dir, SWITCHING, num_iterations=30, eval_every=30, model_tag="d2")
+    nanochat.train_patched(run_dir, SWITCHING, num_iterations=SWITCHED_STEPS, eval_every=SWITCHED_STEPS, model_tag="d2")
     return nanochat, run_dir
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from real_nanochat import VOCAB_SIZE, Nanochat
+from real_nanochat import SWITCHED_STEPS, VOCAB_SIZE, Nanochat
 
 from nanochat_patch import weights
 from svdtrain.data.corpus import open_corpus
@@ -15,7 +15,6 @@ from svdtrain.evaluation import CoreBundle, evaluate_core
 from svdtrain.model import GPT, GPTConfig
 
 pytestmark = pytest.mark.slow
-STEP = 30
 
 LOGITS = """
 import sys, torch
@@ -54,7 +53,7 @@ def test_same_logits_both_ways(switched: tuple[Nanochat, Path], tmp_path: Path) 
         assert theirs["ours"].std() > 0.1
         torch.testing.assert_close(ours(tokens), theirs["ours"], atol=1e-5, rtol=1e-5)
         read = weights.read_nanochat(nanochat.checkpoint("d2"))
-        assert read.step == STEP
+        assert read.step == SWITCHED_STEPS
         torch.testing.assert_close(read.model()(tokens), theirs["d2"], atol=1e-5, rtol=1e-5)
         weights.write_run(read, tmp_path / "run")
         again = weights.read_run(tmp_path / "run")
@@ -84,7 +83,7 @@ def test_core_is_the_same_as_nanochats_own(switched: tuple[Nanochat, Path], bund
     nanochat, _ = switched
     flags = ["--model-tag=d2", "--eval=core,bpb,sample", "--split-tokens=256", "--device-batch-size=2"]
     nanochat.run("-m", "scripts.base_eval", *(flags if nanochat.year == "2026" else []), "--max-per-task=25")
-    with open(nanochat.base / "base_eval" / f"base_model_{STEP:06d}.csv") as file:
+    with open(nanochat.base / "base_eval" / f"base_model_{SWITCHED_STEPS:06d}.csv") as file:
         rows = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in csv.reader(file)}
     tokenizer = weights.read_nanochat_tokenizer(nanochat.base / "tokenizer")
     model = weights.read_nanochat(nanochat.checkpoint("d2")).model()

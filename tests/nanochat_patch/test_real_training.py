@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from real_nanochat import SWITCHING, Nanochat
+from real_nanochat import SWITCHED_STEPS, SWITCHING, Nanochat
 
 from svdtrain.runlog import Record, read_records
 
@@ -56,10 +56,10 @@ def test_every_attention_matrix_switches_and_training_goes_on(switched: tuple[Na
     changed = {record["layer"] for record in records(run_dir, "switch") if record["change"] == "to_lowrank"}
     assert changed == {f"h.{layer}.attn.{part}" for layer in (0, 1) for part in ("c_q", "c_k", "c_v", "c_proj")}
     losses = [record["train/loss"] for record in records(run_dir, "train")]
-    assert len(losses) == 30
+    assert len(losses) == SWITCHED_STEPS
     assert losses[-1] < losses[0] - 0.1
-    sidecar = torch.load(nanochat.checkpoint("d2") / "svd_000030.pt", weights_only=True)
-    weights = nanochat.weights("d2", 30)
+    sidecar = torch.load(nanochat.checkpoint("d2") / f"svd_{SWITCHED_STEPS:06d}.pt", weights_only=True)
+    weights = nanochat.weights("d2", SWITCHED_STEPS)
     for name, target in sidecar["targets"].items():
         if target["factors"] is not None:
             W = torch.addmm(*(target["factors"][part] for part in ("W_p", "B", "A")))
