@@ -4,7 +4,7 @@ import sys
 
 from nanochat_patch.compat import UnsupportedNanochat
 from nanochat_patch.options import parse
-from nanochat_patch.patches import refuse
+from nanochat_patch.wrapping import refuse
 
 
 def main() -> None:

@@ -16,8 +16,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+
 SETUP_NAMES = ("setup_optimizer", "setup_optimizers")
-SCRIPT = "scripts.base_train"
+ATTENTION_ARGUMENTS = (("x", "ve", "cos_sin", "window_size", "kv_cache"), ("x", "cos_sin", "kv_cache"))
 
 
 class UnsupportedNanochat(Exception):
@@ -69,6 +71,87 @@ def find_surface() -> Surface:
     wandb = _import("wandb")
     _attribute(wandb, "init")
     return Surface(gpt=gpt, setup_name=setup_names[0], checkpoints=checkpoints, dummy_wandb=dummy, wandb=wandb)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixerSurface:
+    """What is wrapped beside it where mixers take the place of attention."""
+
+    gpt: type
+    """GPT, with init_weights."""
+    setup_name: str
+    linear: type | None
+    """The class of the matrices that GPT.num_matmul_params counts; None where there is no such count."""
+    cache: type
+    """nanochat.engine.KVCache, with prefill and reset, and `advance` or a number `pos`."""
+
+
+def find_mixer_surface(surface: Surface) -> MixerSurface:
+    """Check what mixers need of a checkout. Raises UnsupportedNanochat."""
+    _attribute(surface.gpt, "init_weights")
+    counts = hasattr(surface.gpt, "num_matmul_params")
+    linear = _attribute(_import("nanochat.gpt"), "Linear") if counts else None
+    cache = _attribute(_import("nanochat.engine"), "KVCache")
+    for name in ("prefill", "reset", "get_pos"):
+        _attribute(cache, name)
+    if not hasattr(cache, "advance"):
+        _check_lazy_cache(cache)
+    if getattr(_import("nanochat.common"), "COMPUTE_DTYPE", None) is torch.float16:
+        raise UnsupportedNanochat(
+            "mixers do not run in float16: its loss scaling does not reach all of their gradients, and their states "
+            "outgrow it; unset NANOCHAT_DTYPE, or set it to bfloat16 or float32"
+        )
+    return MixerSurface(gpt=surface.gpt, setup_name=surface.setup_name, linear=linear, cache=cache)
+
+
+def _check_lazy_cache(cache: type) -> None:
+    """Of November 2025: a number `pos`, and `kv_cache`, which is None until a layer puts keys in."""
+    try:
+        probe = cache(batch_size=1, num_heads=1, seq_len=1, head_dim=1, num_layers=1)
+    except TypeError as error:
+        raise UnsupportedNanochat(f"{cache.__module__}.KVCache has no `advance`, and {error}") from error
+    for name in ("pos", "kv_cache"):
+        if not hasattr(probe, name):
+            raise UnsupportedNanochat(f"{cache.__module__}.KVCache: no attribute 'advance' nor {name!r}")
+
+
+def advance_cache(cache: Any, num_tokens: int) -> None:
+    """Move a cache's position on, as nanochat's attention does in the last layer."""
+    if hasattr(cache, "advance"):
+        cache.advance(num_tokens)
+    else:
+        cache.pos += num_tokens
+
+
+def never_held_keys(cache: Any) -> bool:
+    """Whether a cache allocates when the first keys come and none came: all layers are mixers."""
+    return getattr(cache, "kv_cache", cache) is None
+
+
+def blocks_of(model: Any) -> Any:
+    """The layers of a GPT, each with `attn` and `mlp`. Raises UnsupportedNanochat."""
+    blocks = _attribute(_attribute(model, "transformer"), "h")
+    for block in blocks:
+        _attribute(block, "attn")
+    return blocks
+
+
+def check_attention(attention: Any) -> None:
+    """Whether a mixer can stand in for it. Raises UnsupportedNanochat."""
+    names = tuple(inspect.signature(attention.forward).parameters)
+    if names not in ATTENTION_ARGUMENTS:
+        raise UnsupportedNanochat(
+            f"{type(attention).__name__}.forward takes ({', '.join(names)}); known are "
+            + " and ".join(f"({', '.join(known)})" for known in ATTENTION_ARGUMENTS)
+        )
+
+
+def adamw_group(setup_name: str, optimizer: Any) -> dict[str, Any]:
+    """Settings of a group that this optimizer steps with AdamW. Raises UnsupportedNanochat."""
+    for group in optimizer.param_groups:
+        if "betas" in group:
+            return {key: value for key, value in group.items() if key != "params"}
+    raise UnsupportedNanochat(f"GPT.{setup_name}: no group of {type(optimizer).__name__} has betas, so none is AdamW's")
 
 
 def split_optimizers(setup_name: str, result: Any) -> list[Any]:

@@ -6,7 +6,7 @@ import os
 import runpy
 import sys
 
-from nanochat_patch.compat import SCRIPT, enter_checkout, find_surface
+from nanochat_patch.compat import enter_checkout, find_surface
 from nanochat_patch.options import Options
 from nanochat_patch.patches import install
 from nanochat_patch.session import Session
@@ -22,10 +22,11 @@ def prepare(options: Options) -> Session:
 
 
 def run_script(session: Session) -> None:
-    """scripts/base_train.py as `__main__`; whatever ends it is told to the records and passed on."""
-    sys.argv = [f"{SCRIPT.replace('.', '/')}.py", *session.options.base_train]
+    """Its script as `__main__`; whatever ends it is told to the records and passed on."""
+    script = session.options.launch.script
+    sys.argv = [f"scripts/{script}.py", *session.options.base_train]
     try:
-        runpy.run_module(SCRIPT, run_name="__main__", alter_sys=True)
+        runpy.run_module(f"scripts.{script}", run_name="__main__", alter_sys=True)
     except BaseException as error:
         session.records.end(f"exception: {type(error).__name__}: {error}")
         raise

@@ -12,11 +12,13 @@ from typing import Literal
 
 from svdtrain.config import SVDConfig
 
+ATTENTION = "attention"  # the mixer that nanochat has already
 RankCheck = Literal["off", "warn", "stop"]
+Script = Literal["base_train", "base_eval", "chat_cli"]
 
 DESCRIPTION = """Run nanochat's base_train unmodified, with adaptive SVD.
 
-    python -m nanochat_patch --nanochat DIR [flags below] -- [flags of scripts/base_train.py]
+    python -m nanochat_patch --nanochat DIR [flags below] -- [flags of scripts/base_train.py, or what --script says]
 
 Paths in nanochat's own flags are relative to DIR, where it runs."""
 
@@ -27,10 +29,47 @@ class Launch:
 
     nanochat: str = ""
     """Directory of the checkout."""
+    script: Script = "base_train"
+    """Its program to run. The others are for models with mixers, which nanochat by itself cannot load."""
     run_dir: str = ""
     """Run directory for svd-monitor; default runs/nanochat-<date>-<time>. Give it again to go on after a resume."""
     rank_check: RankCheck = "warn"
     """Several GPUs: at each analysis compare all weights over the ranks and warn, or stop, when they differ."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixerConfig:
+    """What takes the place of attention."""
+
+    mixer: str = ATTENTION
+    """Sequence mixer of the blocks: attention, a name of ssm_blocks.available(), or MODULE:NAME for one of yours."""
+    mixer_pattern: str = "M"
+    """Blocks with the mixer (M) and with attention (A), tiled over the layers: MMMA is three to one."""
+
+    def check(self) -> None:
+        """Raises ValueError for a mixer that there is not, and for a pattern of other letters or without a mixer."""
+        if not self.chosen:
+            if self.mixer_pattern != "M":
+                raise ValueError("--mixer-pattern says where a mixer goes: name one with --mixer")
+            return
+        from ssm_blocks.adapter import is_attention_layer  # here: these import torch
+        from ssm_blocks.mixer import mixer_class
+
+        mixer_class(self.mixer)
+        is_attention_layer(self.mixer_pattern, 0)
+
+    @property
+    def chosen(self) -> bool:
+        """Whether any layer may lose its attention."""
+        return self.mixer != ATTENTION
+
+    def layers(self, num_layers: int) -> list[int]:
+        """Those of `num_layers` layers that get the mixer."""
+        if not self.chosen:
+            return []
+        from ssm_blocks.adapter import is_attention_layer
+
+        return [layer for layer in range(num_layers) if not is_attention_layer(self.mixer_pattern, layer)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +78,14 @@ class Options:
 
     launch: Launch = field(default_factory=Launch)
     svd: SVDConfig = field(default_factory=SVDConfig)
+    mixer: MixerConfig = field(default_factory=MixerConfig)
     base_train: tuple[str, ...] = ()
-    """Arguments for scripts/base_train.py, untouched."""
+    """Arguments for nanochat's script, untouched."""
 
     def __post_init__(self) -> None:
         if not self.launch.nanochat:
             raise ValueError("--nanochat DIR is missing: the directory of a nanochat checkout")
+        self.mixer.check()
         if self.svd.svd_adapter == "reregister":
             raise ValueError(
                 "--svd-adapter reregister cannot work here: nanochat's optimizer keeps one stacked state per shape, "
@@ -74,14 +115,15 @@ def parse(argv: Sequence[str]) -> Options:
     import tyro  # here, so that Options can be made without it
 
     ours, theirs = split(argv)
+    groups = {"launch": Launch, "svd": SVDConfig, "mixer": MixerConfig}
     flags_class = dataclasses.make_dataclass(
         "Flags",
-        [("launch", Launch, field(default_factory=Launch)), ("svd", SVDConfig, field(default_factory=SVDConfig))],
+        [(name, kind, field(default_factory=kind)) for name, kind in groups.items()],
     )
     flags = tyro.cli(
         flags_class, prog="nanochat_patch", description=DESCRIPTION, args=ours, config=(tyro.conf.OmitArgPrefixes,)
     )
-    return Options(launch=flags.launch, svd=flags.svd, base_train=tuple(theirs))
+    return Options(launch=flags.launch, svd=flags.svd, mixer=flags.mixer, base_train=tuple(theirs))
 
 
 def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -1,4 +1,4 @@
-"""The four places of nanochat that are wrapped: building the optimizer, saving, loading, logging.
+"""The four places of nanochat that are wrapped: building the optimizer, saving, loading, logging. Mixers add theirs.
 
 Must happen before scripts/base_train.py is imported, which takes the functions by name. The wrapped functions get
 their arguments and give their results unchanged.
@@ -6,29 +6,27 @@ their arguments and give their results unchanged.
 
 from __future__ import annotations
 
-import functools
 import inspect
-import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
-from nanochat_patch.compat import Surface, UnsupportedNanochat
+from nanochat_patch import mixers
+from nanochat_patch.compat import Surface, UnsupportedNanochat, find_mixer_surface
 from nanochat_patch.session import Session
+from nanochat_patch.sidecar import SidecarError
+from nanochat_patch.wrapping import refuse, wrap
 
 
 def install(surface: Surface, session: Session) -> None:
-    """Wrap everything."""
-    _wrap(surface.gpt, surface.setup_name, lambda original: _setup(original, surface.setup_name, session))
-    _wrap(surface.checkpoints, "save_checkpoint", lambda original: _save(original, session))
-    _wrap(surface.checkpoints, "load_checkpoint", lambda original: _load(original, session))
-    _wrap(surface.dummy_wandb, "log", lambda original: _log(original, session))
-    _wrap(surface.dummy_wandb, "finish", lambda original: _finish(original, session))
-    _wrap(surface.wandb, "init", lambda original: _init(original, session))
-
-
-def _wrap(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    original = getattr(owner, name)
-    setattr(owner, name, functools.wraps(original)(make(original)))
+    """Wrap everything. Mixers come first: their wrapper of the optimizer's building lies inside the session's."""
+    if session.options.mixer.chosen:
+        mixers.install(find_mixer_surface(surface), session.options.mixer)
+    wrap(surface.gpt, surface.setup_name, lambda original: _setup(original, surface.setup_name, session))
+    wrap(surface.checkpoints, "save_checkpoint", lambda original: _save(original, session))
+    wrap(surface.checkpoints, "load_checkpoint", lambda original: _load(original, session))
+    wrap(surface.dummy_wandb, "log", lambda original: _log(original, session))
+    wrap(surface.dummy_wandb, "finish", lambda original: _finish(original, session))
+    wrap(surface.wandb, "init", lambda original: _init(original, session))
 
 
 def _setup(original: Callable[..., Any], name: str, session: Session) -> Callable[..., Any]:
@@ -61,6 +59,10 @@ def _load(original: Callable[..., Any], session: Session) -> Callable[..., Any]:
     def load(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind(*args, **kwargs).arguments
         result = original(*args, **kwargs)
+        try:
+            session.check_mixers(given["checkpoint_dir"], given["step"], result[0])
+        except SidecarError as error:
+            refuse(error)
         if given.get("load_optimizer", False):
             session.checkpoint_loaded(given["checkpoint_dir"], given["step"])
         return result
@@ -109,9 +111,3 @@ class MirroredRun:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._run, name)
-
-
-def refuse(error: Exception) -> NoReturn:
-    """End the program with one line."""
-    print(f"nanochat_patch: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-    raise SystemExit(2)

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nanochat_patch.options import MixerConfig
 from svdtrain.adaptive import Change
 from svdtrain.config import SVDConfig
 from svdtrain.runlog import Record, RunDirectory
@@ -30,9 +31,9 @@ TRAIN_FIELDS = {
 class RunRecords:
     """Writes config.json and metrics.jsonl. Does nothing on ranks other than 0 (`writable`)."""
 
-    def __init__(self, path: Path, svd: SVDConfig, *, writable: bool = True) -> None:
+    def __init__(self, path: Path, svd: SVDConfig, mixer: MixerConfig, *, writable: bool = True) -> None:
         self._run = RunDirectory(path, writable=writable)
-        self._svd = svd
+        self._svd, self._mixer = svd, mixer
         self._started = self._ended = False
         self._open_step: int | None = None
         self._names: Mapping[str, Any] = {}
@@ -114,7 +115,7 @@ class RunRecords:
         self._run.write_config(
             {
                 "train": known,
-                "model": dict(names.get("model_config_kwargs") or {}),
+                "model": {**(names.get("model_config_kwargs") or {}), **dataclasses.asdict(self._mixer)},
                 "svd": dataclasses.asdict(self._svd),
                 "nanochat": dict(names.get("user_config") or {}),
             }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ class Session:
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self.records = RunRecords(options.run_path, options.svd, writable=is_main_process())
+        self.records = RunRecords(options.run_path, options.svd, options.mixer, writable=is_main_process())
         self.svd: AttachedSVD | None = None
         self._model: nn.Module | None = None
         self._resume_from: tuple[str, int] | None = None
@@ -38,6 +39,10 @@ class Session:
     def checkpoint_loaded(self, checkpoint_dir: str, step: int) -> None:
         """nanochat reads a checkpoint with its optimizer state: it is resuming."""
         self._resume_from = (checkpoint_dir, step)
+
+    def check_mixers(self, checkpoint_dir: str, step: int, model_data: Mapping[str, Any]) -> None:
+        """nanochat read these weights. Raises SidecarError if they were trained with other mixers."""
+        sidecar.check_mixers(model_data, self.options.mixer, checkpoint_dir, step)
 
     def optimizer_built(self, model: nn.Module, setup_name: str, result: Any) -> None:
         """Attach to the optimizer of the matrices. Raises UnsupportedNanochat, or ValueError for settings that cannot
@@ -64,7 +69,7 @@ class Session:
     def checkpoint_saved(self, checkpoint_dir: str, step: int) -> None:
         """nanochat saves a checkpoint: ours goes beside it, from one rank, as all hold the same."""
         if self.svd is not None and is_main_process():
-            self.records.checkpoint(step, sidecar.save(self.svd, checkpoint_dir, step))
+            self.records.checkpoint(step, sidecar.save(self.svd, checkpoint_dir, step, self.options.mixer))
 
     # --- hooks of the step ---
 

@@ -168,6 +168,8 @@ def _variant(tensors: Mapping[str, Tensor]) -> Any:
 
 def _checked(weights: Weights, where: Path) -> Weights:
     """The weights, if they fit the model exactly."""
+    if any(".attn_mixer." in name for name in weights.tensors):
+        raise ConversionError(f"{where} holds mixers in attention's place; only models of attention convert")
     with torch.device("meta"):
         expected = {name: tuple(value.shape) for name, value in GPT(weights.config).state_dict().items()}
     found = {name: tuple(value.shape) for name, value in weights.tensors.items()}

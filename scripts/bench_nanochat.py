@@ -215,6 +215,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--rank-changes", type=int, default=3)
     parser.add_argument("--targets", default="attn")
+    parser.add_argument("--mixer", default="attention", help="state-space mixer in attention's place")
+    parser.add_argument("--mixer-pattern", default="M", help="layers with the mixer (M) and with attention (A)")
     parser.add_argument("--device-type", default="", help="cpu, cuda; default: what nanochat finds")
     parser.add_argument("--work", default="", help="directory for the made-up data, kept; default: a temporary one")
     parser.add_argument("--json", default="", help="write the figures to this file")
@@ -319,7 +321,8 @@ def measure(arguments: argparse.Namespace, base: Path) -> dict[str, Any]:
     where = options.Launch(nanochat=arguments.nanochat, run_dir=str(base / "run"))
     svd = SVDConfig(svd_targets=arguments.targets, svd_interval=arguments.interval, svd_switching=False)
     arguments.json = str(Path(arguments.json).resolve()) if arguments.json else ""
-    session = launch.prepare(options.Options(launch=where, svd=svd))
+    mixer = options.MixerConfig(mixer=arguments.mixer, mixer_pattern=arguments.mixer_pattern)
+    session = launch.prepare(options.Options(launch=where, svd=svd, mixer=mixer))
     bench = Bench(session, plan(arguments))
     built = session.optimizer_built
     models = []

@@ -25,16 +25,15 @@ class AttentionAdapter(nn.Module):
 
     Positions: a recurrence knows its order, so the rotary tables, the window and the value embedding are not used. With
     a cache, the state of this layer lies in `kv_cache.mixer_state[layer_index]`; one token goes through `step`, more
-    through `forward` from that state. `last_layer_advances`: the last layer moves the cache's position on, as real
-    nanochat's attention does; in our GPT the model itself does it.
+    through `forward` from that state. Whoever owns the cache moves its position on.
     """
 
     needs_keys = False  # the cache keeps no keys and values for this layer
     uses_value_embedding = False
 
-    def __init__(self, name: str, dim: int, layer_index: int, *, last_layer_advances: bool = False, **options) -> None:
+    def __init__(self, name: str, dim: int, layer_index: int, **options: Any) -> None:
         super().__init__()
-        self.layer_index, self.last_layer_advances = layer_index, last_layer_advances
+        self.layer_index = layer_index
         self.attn_mixer = build(name, dim, **options)  # "attn" in the name: adaptive SVD's family attn finds it
 
     def forward(self, x: Tensor, *others: Any) -> Tensor:
@@ -47,10 +46,7 @@ class AttentionAdapter(nn.Module):
         cache = others[-1]
         if cache is None:
             return self.attn_mixer(x)
-        y = self._continue(x, _states_of(cache))
-        if self.last_layer_advances and self.layer_index == cache.n_layers - 1:
-            cache.advance(x.size(1))
-        return y
+        return self._continue(x, states_of(cache))
 
     def _continue(self, x: Tensor, states: Any) -> Tensor:
         """Go on from this layer's state in the cache, and leave the new one there."""
@@ -75,8 +71,8 @@ class AttentionAdapter(nn.Module):
         return 3 * self.attn_mixer.flops_per_token()
 
 
-def _states_of(cache: Any) -> Any:
-    """The slots for mixer states: our cache has them; a foreign one gets a dictionary of them."""
+def states_of(cache: Any) -> Any:
+    """layer -> state in a cache, None before the first token. Ours has the slots; a foreign cache gets a dictionary."""
     if getattr(cache, "mixer_state", None) is None:
         cache.mixer_state = _Slots()
     return cache.mixer_state

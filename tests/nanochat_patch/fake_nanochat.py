@@ -14,25 +14,27 @@ from pathlib import Path
 import torch
 
 GPT = """
+from types import SimpleNamespace
 import torch
 from torch import nn
 
 class Attention(nn.Module):
-    def __init__(self, width):
+    def __init__(self, width, layer):
         super().__init__()
+        self.layer = layer
         for name in ("c_q", "c_k", "c_v", "c_proj"):
             setattr(self, name, nn.Linear(width, width, bias=False))
 
-    def forward(self, x):
+    def mix(self, x):
         return self.c_proj(torch.tanh(self.c_q(x)) * torch.tanh(self.c_k(x)) + self.c_v(x))
 
 class Block(nn.Module):
-    def __init__(self, width):
+    def __init__(self, width, layer):
         super().__init__()
-        self.attn = Attention(width)
+        self.attn = Attention(width, layer)
 
-    def forward(self, x):
-        return x + self.attn(x)
+    def forward(self, x, *others):
+        return x + self.attn(x, *others)
 
 class Float8Linear(nn.Linear):
     pass
@@ -40,41 +42,89 @@ class Float8Linear(nn.Linear):
 class GPT(nn.Module):
     def __init__(self, width=24):
         super().__init__()
-        blocks = nn.ModuleList([Block(width), Block(width)])
+        self.config = SimpleNamespace(n_embd=width, n_layer=2, sequence_len=8)
+        blocks = nn.ModuleList([Block(width, 0), Block(width, 1)])
         self.transformer = nn.ModuleDict({"h": blocks, "wte": nn.Linear(width, width, bias=False)})
+        self.add_parts(width)
 
-    def forward(self, x):
+    @torch.no_grad()
+    def init_weights(self):
+        for parameter in self.parameters():
+            parameter.normal_(std=parameter.size(-1) ** -0.5)
+
+    def forward(self, x, kv_cache=None):
         x = self.transformer["wte"](x)
-        for block in self.transformer["h"]:
-            x = block(x)
+        for layer, block in enumerate(self.transformer["h"]):
+            x = block(x, *self.others(layer, x), kv_cache)
         return x
 
     def matrices(self):
         return list(self.transformer["h"].parameters())
+
+    def estimate_flops(self):
+        return 6 * self.num_counted() + 2 * 12 * self.config.n_embd * self.config.sequence_len
 """
 
 ONE_OPTIMIZER = """
+class Linear(nn.Linear):
+    pass
+
 class Stacked(torch.optim.Optimizer):
-    def __init__(self, params, **group):
-        super().__init__([dict(kind="muon", params=params, **group)], {})
+    def __init__(self, groups):
+        super().__init__(groups, {})
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            params = group["params"]
-            state = self.state[params[0]]
-            grads = torch.stack([p.grad for p in params])
-            if not state:
-                state["momentum_buffer"] = torch.zeros_like(grads)
-            state["momentum_buffer"].lerp_(grads, 1 - group["momentum"])
-            for p, m in zip(params, state["momentum_buffer"]):
-                p.sub_(m, alpha=group["lr"])
+            getattr(self, group["kind"])(group)
 
-def setup_optimizer(self, matrix_lr=0.3):
-    wte = self.transformer["wte"].weight
-    return Stacked([p for p in self.parameters() if p is not wte], lr=matrix_lr, momentum=0.8)
+    def adamw(self, group):
+        for p in group["params"]:
+            m = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
+            m.lerp_(p.grad, 1 - group["betas"][0])
+            p.sub_(m.sign(), alpha=group["lr"])
 
+    def muon(self, group):
+        params = group["params"]
+        state = self.state[params[0]]
+        grads = torch.stack([p.grad for p in params])
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(grads)
+        state["momentum_buffer"].lerp_(grads, 1 - group["momentum"])
+        for p, m in zip(params, state["momentum_buffer"]):
+            p.sub_(m, alpha=group["lr"])
+
+def add_parts(self, width):
+    self.value_embeds = nn.ModuleDict({"1": Linear(width, width, bias=False)})
+    self.window_sizes = [(4, 0), (8, 0)]
+
+def others(self, layer, x):
+    return self.value_embeds[str(layer)](x) if str(layer) in self.value_embeds else None, None, (-1, 0)
+
+def attend(self, x, ve, cos_sin, window_size, kv_cache):
+    if kv_cache is not None and self.layer == 1:
+        kv_cache.advance(x.size(1))
+    return self.mix(x) if ve is None else self.mix(x) + ve
+
+def num_matmul_params(self):
+    return sum(m.weight.numel() for m in self.modules() if isinstance(m, Linear))
+
+def setup_optimizer(self, matrix_lr=0.3, scalar_lr=0.3):
+    adamw = dict(kind="adamw", lr=1e-3, betas=(0.9, 0.99), eps=1e-10, weight_decay=0.1)
+    values = list(self.value_embeds.parameters())
+    assert len(list(self.parameters())) == len(values) + len(self.matrices()) + 1  # wte stays as it is
+    optimizer = Stacked([
+        {**adamw, "params": values},
+        dict(kind="muon", params=self.matrices(), lr=matrix_lr, momentum=0.8),
+    ])
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return optimizer
+
+Attention.forward = attend
 GPT.setup_optimizer = setup_optimizer
+GPT.add_parts, GPT.others = add_parts, others
+GPT.num_matmul_params, GPT.num_counted = num_matmul_params, lambda self: self.num_matmul_params()
 """
 
 TWO_OPTIMIZERS = """
@@ -91,11 +141,61 @@ class Overwriting(torch.optim.Optimizer):
                 p.grad.copy_(buffer)
                 p.sub_(p.grad.mul_(group["lr"]))
 
+def attend(self, x, cos_sin, kv_cache):
+    if kv_cache is not None:
+        kv_cache.insert_kv(self.layer, x, x)
+    return self.mix(x)
+
 def setup_optimizers(self, matrix_lr=0.3):
-    adamw = torch.optim.AdamW(self.transformer["wte"].parameters(), lr=1e-3)
+    adamw = torch.optim.AdamW(self.transformer["wte"].parameters(), lr=1e-3, betas=(0.8, 0.95), weight_decay=0.1)
+    assert all(p.ndim == 2 for p in self.matrices())
     return [adamw, Overwriting(self.matrices(), lr=matrix_lr, momentum=0.8, ns_steps=5)]
 
+Attention.forward = attend
 GPT.setup_optimizers = setup_optimizers
+GPT.add_parts, GPT.others = lambda self, width: None, lambda self, layer, x: (None,)
+GPT.num_counted = lambda self: sum(p.numel() for p in self.parameters())
+"""
+
+CACHE = """
+class KVCache:
+    def __init__(self, batch_size, num_heads, seq_len, head_dim, num_layers):
+        self.seqlens, self.num_layers = [0] * batch_size, num_layers
+
+    def reset(self):
+        self.seqlens = [0] * len(self.seqlens)
+
+    def get_pos(self):
+        return self.seqlens[0]
+
+    def advance(self, num_tokens):
+        self.seqlens = [length + num_tokens for length in self.seqlens]
+
+    def prefill(self, other):
+        assert self.get_pos() == 0
+        self.advance(other.get_pos())
+"""
+
+LAZY_CACHE = """
+class KVCache:
+    def __init__(self, batch_size, num_heads, seq_len, head_dim, num_layers):
+        self.pos, self.kv_cache, self.num_layers = 0, None, num_layers
+
+    def reset(self):
+        self.pos = 0
+
+    def get_pos(self):
+        return self.pos
+
+    def insert_kv(self, layer, k, v):
+        self.kv_cache = "keys"
+        if layer == self.num_layers - 1:
+            self.pos += k.size(1)
+
+    def prefill(self, other):
+        assert self.kv_cache is None
+        assert other.kv_cache is not None
+        self.kv_cache, self.pos = other.kv_cache, other.pos
 """
 
 COMMON = """
@@ -158,6 +258,7 @@ model_config_kwargs = {"n_layer": 2}
 wandb_run = DummyWandb() if settings["run"] == "dummy" else wandb.init(project="fake")
 torch.manual_seed(42)
 model = GPT()
+model.init_weights()
 if settings["fp8"]:
     model.transformer["h"][0].attn.c_q = Float8Linear(24, 24, bias=False)
 resuming = settings["resume_from_step"] != -1
@@ -186,7 +287,7 @@ while True:
         save_checkpoint(settings["out"], step, model.state_dict(), [o.state_dict() for o in optimizers], {"step": step})
     if last_step:
         break
-    x = torch.randn(32, 24, generator=torch.Generator().manual_seed(step))
+    x = torch.randn(4, 8, 24, generator=torch.Generator().manual_seed(step))
     loss = (model(x) - x @ target).square().mean()
     loss.backward()
     for optimizer in optimizers:
@@ -209,6 +310,7 @@ def write_checkout(path: Path, form: str) -> Path:
         "nanochat/__init__.py": "",
         "nanochat/gpt.py": GPT + (ONE_OPTIMIZER if form == "2026" else TWO_OPTIMIZERS),
         "nanochat/common.py": COMMON,
+        "nanochat/engine.py": CACHE if form == "2026" else LAZY_CACHE,
         "nanochat/checkpoint_manager.py": CHECKPOINTS,
         "scripts/base_train.py": BASE_TRAIN,
         "wandb.py": WANDB,

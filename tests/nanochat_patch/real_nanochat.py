@@ -5,6 +5,7 @@ parquet shards for them (default: documents made here). torch.compile is off in 
 CPU it takes minutes and nothing that is tested depends on it.
 """
 
+import json
 import os
 import random
 import subprocess
@@ -100,5 +101,30 @@ def real_checkout(year: str) -> Path:
     return Path(directory)
 
 
+def make_bundle(path: Path, texts: list[str]) -> Path:
+    """One task of each kind from running text; an untrained model is right in some of them."""
+    draw = random.Random(5)
+    words = [text.split() for text in texts if len(text.split()) > 30]
+    chosen, schema, said = [], [], []
+    for some in words[:30]:
+        a, b, c = (" ".join(draw.choice(words)[:4]) for _ in range(3))
+        chosen.append({"query": " ".join(some[:6]), "choices": [a, b, c], "gold": draw.randrange(3)})
+        schema.append({"context_options": [a, b], "continuation": " ".join(some[6:9]), "gold": draw.randrange(2)})
+        said.append({"context": " ".join(some[:6]) + " ", "continuation": some[6]})
+    (path / "eval_data").mkdir(parents=True)
+    for name, items in (("chosen", chosen), ("schema", schema), ("said", said)):
+        (path / "eval_data" / f"{name}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    (path / "core.yaml").write_text(
+        "icl_tasks:\n"
+        "- {label: chosen, dataset_uri: chosen.jsonl, num_fewshot: [2], icl_task_type: multiple_choice,"
+        " continuation_delimiter: '\\nAnswer: '}\n"
+        "- {label: schema, dataset_uri: schema.jsonl, num_fewshot: [0], icl_task_type: schema}\n"
+        "- {label: said, dataset_uri: said.jsonl, num_fewshot: [1], icl_task_type: language_modeling}\n"
+    )
+    (path / "eval_meta_data.csv").write_text("Eval Task,Random baseline\nchosen,33.3\nschema,50\nsaid,0\n")
+    return path
+
+
 SWITCHING = ["--svd-rule", "original", "--svd-warmup", "3", "--svd-interval", "3"]
-"""Settings under which these tiny models switch every attention matrix within 30 steps."""
+"""Settings under which these tiny models switch every attention matrix within SWITCHED_STEPS."""
+SWITCHED_STEPS = 60

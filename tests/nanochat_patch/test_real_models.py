@@ -2,13 +2,12 @@
 
 import csv
 import json
-import random
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import torch
-from real_nanochat import VOCAB_SIZE, Nanochat
+from real_nanochat import SWITCHED_STEPS, VOCAB_SIZE, Nanochat
 
 from nanochat_patch import weights
 from svdtrain.data.corpus import open_corpus
@@ -16,7 +15,6 @@ from svdtrain.evaluation import CoreBundle, evaluate_core
 from svdtrain.model import GPT, GPTConfig
 
 pytestmark = pytest.mark.slow
-STEP = 30
 
 LOGITS = """
 import sys, torch
@@ -55,7 +53,7 @@ def test_same_logits_both_ways(switched: tuple[Nanochat, Path], tmp_path: Path) 
         assert theirs["ours"].std() > 0.1
         torch.testing.assert_close(ours(tokens), theirs["ours"], atol=1e-5, rtol=1e-5)
         read = weights.read_nanochat(nanochat.checkpoint("d2"))
-        assert read.step == STEP
+        assert read.step == SWITCHED_STEPS
         torch.testing.assert_close(read.model()(tokens), theirs["d2"], atol=1e-5, rtol=1e-5)
         weights.write_run(read, tmp_path / "run")
         again = weights.read_run(tmp_path / "run")
@@ -81,37 +79,11 @@ def test_tokenizer_and_text_are_read(nanochat: Nanochat, tmp_path: Path) -> None
     assert len(list(corpus.documents("val"))) == 40
 
 
-def make_bundle(path: Path, texts: list[str]) -> Path:
-    """One task of each kind from running text; an untrained model is right in some of them."""
-    draw = random.Random(5)
-    words = [text.split() for text in texts if len(text.split()) > 30]
-    chosen, schema, said = [], [], []
-    for some in words[:30]:
-        a, b, c = (" ".join(draw.choice(words)[:4]) for _ in range(3))
-        chosen.append({"query": " ".join(some[:6]), "choices": [a, b, c], "gold": draw.randrange(3)})
-        schema.append({"context_options": [a, b], "continuation": " ".join(some[6:9]), "gold": draw.randrange(2)})
-        said.append({"context": " ".join(some[:6]) + " ", "continuation": some[6]})
-    (path / "eval_data").mkdir(parents=True)
-    for name, items in (("chosen", chosen), ("schema", schema), ("said", said)):
-        (path / "eval_data" / f"{name}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
-    (path / "core.yaml").write_text(
-        "icl_tasks:\n"
-        "- {label: chosen, dataset_uri: chosen.jsonl, num_fewshot: [2], icl_task_type: multiple_choice,"
-        " continuation_delimiter: '\\nAnswer: '}\n"
-        "- {label: schema, dataset_uri: schema.jsonl, num_fewshot: [0], icl_task_type: schema}\n"
-        "- {label: said, dataset_uri: said.jsonl, num_fewshot: [1], icl_task_type: language_modeling}\n"
-    )
-    (path / "eval_meta_data.csv").write_text("Eval Task,Random baseline\nchosen,33.3\nschema,50\nsaid,0\n")
-    return path
-
-
-def test_core_is_the_same_as_nanochats_own(switched: tuple[Nanochat, Path]) -> None:
+def test_core_is_the_same_as_nanochats_own(switched: tuple[Nanochat, Path], bundle: Path) -> None:
     nanochat, _ = switched
-    texts = pq.read_table(nanochat.base / "base_data" / "shard_00001.parquet").column("text").to_pylist()
-    bundle = make_bundle(nanochat.base / "eval_bundle", texts)
     flags = ["--model-tag=d2", "--eval=core,bpb,sample", "--split-tokens=256", "--device-batch-size=2"]
     nanochat.run("-m", "scripts.base_eval", *(flags if nanochat.year == "2026" else []), "--max-per-task=25")
-    with open(nanochat.base / "base_eval" / f"base_model_{STEP:06d}.csv") as file:
+    with open(nanochat.base / "base_eval" / f"base_model_{SWITCHED_STEPS:06d}.csv") as file:
         rows = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in csv.reader(file)}
     tokenizer = weights.read_nanochat_tokenizer(nanochat.base / "tokenizer")
     model = weights.read_nanochat(nanochat.checkpoint("d2")).model()

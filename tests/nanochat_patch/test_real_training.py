@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from real_nanochat import SWITCHING, Nanochat, documents, real_checkout, write_shards
+from real_nanochat import SWITCHED_STEPS, SWITCHING, Nanochat
 
 from svdtrain.runlog import Record, read_records
 
@@ -56,26 +56,14 @@ def test_every_attention_matrix_switches_and_training_goes_on(switched: tuple[Na
     changed = {record["layer"] for record in records(run_dir, "switch") if record["change"] == "to_lowrank"}
     assert changed == {f"h.{layer}.attn.{part}" for layer in (0, 1) for part in ("c_q", "c_k", "c_v", "c_proj")}
     losses = [record["train/loss"] for record in records(run_dir, "train")]
-    assert len(losses) == 30
+    assert len(losses) == SWITCHED_STEPS
     assert losses[-1] < losses[0] - 0.1
-    sidecar = torch.load(nanochat.checkpoint("d2") / "svd_000030.pt", weights_only=True)
-    weights = nanochat.weights("d2", 30)
+    sidecar = torch.load(nanochat.checkpoint("d2") / f"svd_{SWITCHED_STEPS:06d}.pt", weights_only=True)
+    weights = nanochat.weights("d2", SWITCHED_STEPS)
     for name, target in sidecar["targets"].items():
         if target["factors"] is not None:
             W = torch.addmm(*(target["factors"][part] for part in ("W_p", "B", "A")))
             torch.testing.assert_close(W, weights[f"transformer.{name}.weight"])
-
-
-@pytest.fixture
-def same_batches(tmp_path: Path, nanochat: Nanochat) -> Nanochat:
-    """nanochat resumes its data near where it was, not there: only text whose every batch is equal lets losses be
-    compared. One long document, of which every row is the beginning."""
-    if nanochat.year == "2025":
-        pytest.skip("this nanochat saves, but its base_train cannot resume")
-    base = tmp_path / "base"
-    write_shards(base / "base_data", documents(1) * 200, documents(240)[200:])
-    (base / "tokenizer").symlink_to(nanochat.base / "tokenizer")
-    return Nanochat(nanochat.year, real_checkout(nanochat.year), base)
 
 
 def test_killed_and_resumed_across_a_switch(same_batches: Nanochat, tmp_path: Path) -> None:

@@ -81,18 +81,16 @@ def test_a_block_starts_as_the_identity() -> None:
 
 
 def test_nanochat_signatures_and_its_cache() -> None:
-    """Real nanochat's cache has no slots for states, and its last layer moves the position on."""
-    adapter = AttentionAdapter("neg_deltanet", 16, 1, last_layer_advances=True)
+    """Real nanochat's cache has no slots for states."""
+    adapter = AttentionAdapter("neg_deltanet", 16, 1)
     x = rand(2, 6, 16).float()
-    moved: list[int] = []
-    cache = SimpleNamespace(n_layers=2, advance=moved.append)
+    cache = SimpleNamespace()
     parts = [
         adapter(x[:, :4], None, None, (-1, 0), cache),
         adapter(x[:, 4:5], None, cache),
         adapter(x[:, 5:], None, cache),
     ]
     torch.testing.assert_close(torch.cat(parts, 1), adapter(x, None, None, (-1, 0), None))
-    assert moved == [4, 1, 1]
     with pytest.raises(ValueError, match="kv_cache"):
         adapter(x, None)
 
