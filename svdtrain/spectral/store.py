@@ -225,5 +225,7 @@ class BasisStore:
         generator = torch.Generator(bucket.V.device).manual_seed(start)
         for X in (bucket.U, bucket.V):
             new = torch.randn(X.shape[1], bucket.width - start, generator=generator, dtype=X.dtype, device=X.device)
-            X[i, :, start:] = new / X.shape[1] ** 0.5
+            known = X[i, :, :start]
+            # Without what is known already, which a filter would blow up until all new columns were parallel.
+            X[i, :, start:] = torch.linalg.qr(new - known @ (known.T @ new)).Q
         bucket.S[i, start:] = bucket.spectrum[i, start : bucket.width]
