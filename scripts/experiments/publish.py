@@ -35,8 +35,9 @@ def main() -> int:
         if path.exists():
             content = json.loads(path.read_text())
             sections.append(write(content["rows"], content.get("command", "")))
-    if (RESULTS / "spectral.json").exists():
-        sections.append(spectral(json.loads((RESULTS / "spectral.json").read_text())))
+    for name, describe in COSTS.items():
+        if (RESULTS / f"{name}.json").exists():
+            sections.append(describe(json.loads((RESULTS / f"{name}.json").read_text())))
     PAGE.write_text("\n".join(sections))
     print(f"wrote {PAGE.relative_to(ROOT)}")
     return 0
@@ -206,6 +207,26 @@ def spectral(content: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def monitoring(content: dict[str, Any]) -> str:
+    """The same on two cores, in the loop."""
+    lines = [
+        "### On a laptop's cores",
+        "",
+        "Depth 4, all 16 attention matrices watched at every step and analysed every 20; steps with and without",
+        "monitoring take turns.",
+        "",
+        "| | value | | note |",
+        "|---|---|---|---|",
+        *(
+            f"| {row['name'].strip()} | {row['value']:,.2f} | {row['unit']} | {row['note']} |"
+            for row in content["rows"]
+        ),
+    ]
+    flags = " ".join(part for part in content["argv"] if not part.endswith(".json") and part != "--out")
+    lines += ["", f"`python scripts/bench_monitoring.py {flags}`, on {content['machine']}."]
+    return "\n".join(lines) + "\n"
+
+
 def draw_phase1(rows: list[Row], axes: Any) -> None:
     for row in rows:
         series = next(iter(row["layers"].values()))
@@ -284,6 +305,7 @@ def _spread(values: list[float]) -> float:
 
 
 SECTIONS = {"phase1": phase1, "phase2": phase2}
+COSTS = {"spectral": spectral, "monitoring_cpu": monitoring}
 
 if __name__ == "__main__":
     sys.exit(main())
