@@ -51,3 +51,18 @@ def monitoring(content: dict[str, Any]) -> str:
     flags = " ".join(part for part in content["argv"] if not part.endswith(".json") and part != "--out")
     lines += ["", f"`python scripts/bench_monitoring.py {flags}`, on {content['machine']}."]
     return "\n".join(lines) + "\n"
+
+
+def sinks(content: dict[str, Any]) -> str:
+    """Of writing everything down, in a real run."""
+    spent = ", ".join(f"{name} {ms:.2f}" for name, ms in content["ms_per_step"].items())
+    lines = [
+        "### Writing it down",
+        "",
+        f"The log, the console and wandb (offline) in a run of {content['steps']} steps of {content['mean_step_ms']:.0f} ms,",
+        f"in ms a step: {spent}; together {100 * content['share']:.2f} % of the training time. wandb's own process takes",
+        f"{100 * content['other_processes_cpu_share']:.2f} % of a core beside it.",
+        "",
+        f"`python scripts/bench_sinks.py -- {' '.join(content['flags'])}`, on two CPU cores.",
+    ]
+    return "\n".join(lines) + "\n"

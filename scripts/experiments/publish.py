@@ -259,7 +259,7 @@ def _spread(values: list[float]) -> float:
 
 
 SECTIONS = {"phase1": phase1, "phase2": phase2}
-COSTS = {"spectral": cost_tables.spectral, "monitoring_cpu": cost_tables.monitoring}
+COSTS = {"spectral": cost_tables.spectral, "monitoring_cpu": cost_tables.monitoring, "sinks": cost_tables.sinks}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -40,6 +40,8 @@ class WandbSink(Hook):
         self.entity = entity
         self.backend = backend
         self._run: Any = None
+        self._row: Record = {}
+        """Of the newest step, not sent yet."""
 
     def on_train_start(self, state: TrainState) -> None:
         mode = effective_mode(self.mode)
@@ -56,16 +58,14 @@ class WandbSink(Hook):
 
     def on_log(self, state: TrainState, kind: str, fields: Record) -> None:
         if kind == "sample":
-            self._call("log", {"step": state.step, "sample": f"{fields['prompt']}{fields['text']}"})
+            self._add(state.step, {"sample": f"{fields['prompt']}{fields['text']}"})
         else:
-            self._call("log", {"step": state.step, **numbers_of(fields)})
+            self._add(state.step, numbers_of(fields))
 
     def on_params_changed(self, state: TrainState, change: ParamsChange) -> None:
         mode = {"to_lowrank": 1, "to_full": 0}.get(change.kind)
         fields = {f"switch/{change.name}/r": change.r_new}
-        self._call(
-            "log", {"step": state.step, **fields, **({} if mode is None else {f"switch/{change.name}/mode": mode})}
-        )
+        self._add(state.step, fields | ({} if mode is None else {f"switch/{change.name}/mode": mode}))
 
     def on_alert(self, state: TrainState, alert: Alert) -> None:
         if alert.level != "INFO" and hasattr(self._run, "alert"):
@@ -73,8 +73,23 @@ class WandbSink(Hook):
             self._call("alert", title=alert.rule, text=f"step {state.step}: {alert.message}", level=level)
 
     def close(self) -> None:
+        self._send()
         self._call("finish")
         self._run = None
+
+    def _add(self, step: int, fields: Record) -> None:
+        """Rows are sent whole, one a step: a call costs wandb a millisecond, whatever it holds."""
+        if self._run is None:
+            return
+        if self._row.get("step") != step or not self._row.keys().isdisjoint(fields):
+            self._send()
+            self._row = {"step": step}
+        self._row |= fields
+
+    def _send(self) -> None:
+        if self._row:
+            self._call("log", self._row)
+            self._row = {}
 
     def _open(self, module: Any, state: TrainState, mode: Mode) -> Any:
         options: dict[str, Any] = {
