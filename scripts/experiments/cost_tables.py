@@ -59,8 +59,9 @@ def sinks(content: dict[str, Any]) -> str:
     lines = [
         "### Writing it down",
         "",
-        f"The log, the console and wandb (offline) in a run of {content['steps']} steps of {content['mean_step_ms']:.0f} ms,",
-        f"in ms a step: {spent}; together {100 * content['share']:.2f} % of the training time. wandb's own process takes",
+        f"The log, the console and wandb (offline), over {content['steps']} steps of {content['mean_step_ms']:.0f} ms,",
+        f"in ms a step: {spent}; together {100 * content['share']:.2f} %",
+        "of the training time. wandb's own process takes",
         f"{100 * content['other_processes_cpu_share']:.2f} % of a core beside it.",
         "",
         f"`python scripts/bench_sinks.py -- {' '.join(content['flags'])}`, on two CPU cores.",
