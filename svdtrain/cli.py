@@ -5,10 +5,8 @@ Exit codes: 0 finished, 1 stopped because training broke (non-finite three times
 interrupted by Ctrl-C.
 """
 
-import contextlib
 import dataclasses
 import difflib
-import io
 import json
 import logging
 import sys
@@ -22,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 import tyro
 
 from svdtrain.config import PRESETS, RunConfig, defaults_for_depth, merge_settings
+from svdtrain.config.flags import read_flags
 from svdtrain.interrupts import INTERRUPTED, exit_code, leave_lost_rank, nothing_to_save_yet, resume_command
 from svdtrain.runlog import newest_run
 from svdtrain.trainer.errors import RankLostError
@@ -101,30 +100,8 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     flags_class = _flags_class(hide_advanced="--help" in argv or "-h" in argv)
     groups = {f.name: f.type for f in dataclasses.fields(flags_class)}
     default = flags_class(**{name: group(**settings.get(name, {})) for name, group in groups.items()})  # type: ignore[operator]
-    flags = _parse_flags(flags_class, argv, default)
+    flags = read_flags(flags_class, argv, program="svdtrain", description=DESCRIPTION, default=default)
     return Arguments(run=flags.run, config=RunConfig(**{name: getattr(flags, name) for name in GROUPS}))
-
-
-def _parse_flags(flags_class: Any, argv: Sequence[str], default: Any) -> Any:
-    """Run tyro; its boxed errors become one ValueError line."""
-    errors = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(errors):
-            return tyro.cli(
-                flags_class,
-                prog="svdtrain",
-                description=DESCRIPTION,
-                args=list(argv),
-                default=default,
-                config=(tyro.conf.OmitArgPrefixes,),
-            )
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        lines = [line.strip(" │╭╮╰╯─-") for line in errors.getvalue().splitlines()]
-        said = [line for line in lines if line][1:]  # the first one is the title of the box
-        end = next((i for i, line in enumerate(said) if line.startswith(("Argument helptext", "For full"))), len(said))
-        raise ValueError(" ".join(said[:end]) or "the flags cannot be read; see svdtrain --help") from None
 
 
 def flag_names() -> list[str]:

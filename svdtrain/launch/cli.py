@@ -14,10 +14,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-import tyro
-
+from svdtrain.config.flags import read_flags
 from svdtrain.launch.job import TrainJob
 from svdtrain.launch.snapshot import take_snapshot
 
@@ -87,22 +86,7 @@ def parse_options(argv: Sequence[str]) -> LaunchOptions:
             close = difflib.get_close_matches(flag, known, n=1)
             hint = f"did you mean {close[0]}?" if close else "svdtrain's own flags go behind --"
             raise ValueError(f"unknown flag {flag}; {hint}")
-    errors = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(errors):
-            return tyro.cli(
-                Annotated[LaunchOptions, tyro.conf.OmitArgPrefixes],
-                prog="svd-launch",
-                description=DESCRIPTION,
-                args=list(argv),
-            )
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        lines = [line.strip(" │╭╮╰╯─-") for line in errors.getvalue().splitlines()]
-        said = [line for line in lines if line][1:]  # the first one is the title of a box
-        end = next((i for i, line in enumerate(said) if line.startswith(("Argument helptext", "For full"))), len(said))
-        raise ValueError(" ".join(said[:end]) or "the flags cannot be read; see svd-launch --help") from None
+    return read_flags(LaunchOptions, argv, program="svd-launch", description=DESCRIPTION)
 
 
 def resolve_config(flags: Sequence[str]) -> dict[str, Any]:
