@@ -136,9 +136,8 @@ def test_permuted_frame_is_an_exact_reduction(T: int) -> None:
     )
 
 
-@pytest.mark.parametrize("T", [1, 9, 33])
-def test_straight_through_gradients_are_exact(T: int) -> None:
-    x = {name: value.requires_grad_() for name, value in inputs(T).items() if name != "log_decay"}
+def learned_routing(T: int) -> tuple[Routing, Tensor, Tensor]:
+    """A straight-through choice from a straight-through dictionary, and what both are learned by."""
     index, sign = rand(H, M, K).argsort(-1), rand(H, M, K, seed=1).sign()
     soft = rand(H, M, K, K, seed=2).requires_grad_()
     logits = rand(B, T, H, M, seed=3).requires_grad_()
@@ -146,11 +145,21 @@ def test_straight_through_gradients_are_exact(T: int) -> None:
     weights = F.one_hot(choice, M) + logits.softmax(-1) - logits.softmax(-1).detach()
     dictionary = to_dense(index, sign) + soft - soft.detach()
     heads = torch.arange(H)
+    return Routing(weights, dictionary, index[heads, choice], sign[heads, choice]), soft, logits
+
+
+def dense_choice(routing: Routing) -> Tensor:
+    """G_t [B, T, H, K, K] as the definition has it."""
+    return torch.einsum("bthm,hmij->bthij", routing.weights, routing.dictionary)
+
+
+@pytest.mark.parametrize("T", [1, 9, 33])
+def test_straight_through_gradients_are_exact(T: int) -> None:
+    x = {name: value.requires_grad_() for name, value in inputs(T).items() if name != "log_decay"}
+    routing, soft, logits = learned_routing(T)
     agree(
-        lambda: routed_delta_rule(
-            **x, routing=Routing(weights, dictionary, index[heads, choice], sign[heads, choice]), chunk=8
-        ),
-        lambda: delta_rule_reference(**x, log_decay=None, G=torch.einsum("bthm,hmij->bthij", weights, dictionary)),
+        lambda: routed_delta_rule(**x, routing=routing, chunk=8),
+        lambda: delta_rule_reference(**x, log_decay=None, G=dense_choice(routing)),
         [*x.values(), soft, logits],
     )
 
@@ -176,16 +185,10 @@ def test_dplr_in_the_permuted_frame(T: int) -> None:
 @pytest.mark.parametrize("T", [1, 9, 33])
 def test_straight_through_gradients_of_dplr(T: int) -> None:
     core, S = dplr_core(T), inputs(T)["S"].requires_grad_()
-    index, sign = rand(H, M, K).argsort(-1), rand(H, M, K, seed=1).sign()
-    soft = rand(H, M, K, K, seed=2).requires_grad_()
-    logits = rand(B, T, H, M, seed=3).requires_grad_()
-    choice = logits.argmax(-1)
-    weights = F.one_hot(choice, M) + logits.softmax(-1) - logits.softmax(-1).detach()
-    dictionary = to_dense(index, sign) + soft - soft.detach()
-    heads = torch.arange(H)
+    routing, soft, logits = learned_routing(T)
     agree(
-        lambda: routed_dplr(core, Routing(weights, dictionary, index[heads, choice], sign[heads, choice]), S, chunk=8),
-        lambda: dplr_reference(*core, S, torch.einsum("bthm,hmij->bthij", weights, dictionary)),
+        lambda: routed_dplr(core, routing, S, chunk=8),
+        lambda: dplr_reference(*core, S, dense_choice(routing)),
         [*core, S, soft, logits],
     )
 
