@@ -18,7 +18,7 @@ WIDTH = 64
 ONE_HEAD = {"num_heads": 1, "conv_size": 0, "learned_state": True}
 SCANNED = {**ONE_HEAD, "method": "doubling"}  # fewer kernels than blelloch, which is what small models wait for
 DELTA = {"num_heads": 4, "key_dim": 16, "conv_size": 0, "learned_state": True}
-MORE = {"steps": 2500}
+MORE = {"steps": 6000}
 MUCH = {"lengths": [2, 3, 5, 10, 20], "steps": 3000, "batch": 512}
 LONG = {"lengths": [2, 3, 5, 10, 20, 64, 128], "steps": 4000, "batch": 128}
 
