@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,20 +58,48 @@ def experiment_parser(description: str | None, name: str) -> argparse.ArgumentPa
     return parser
 
 
+class Places:
+    """Room for some processes at once, spread over the GPUs that this one sees."""
+
+    def __init__(self, parallel: int) -> None:
+        gpus = _visible_gpus() or [""]
+        self._free: SimpleQueue[str] = SimpleQueue()
+        for i in range(parallel):
+            self._free.put(gpus[i % len(gpus)])
+
+    @contextlib.contextmanager
+    def taken(self) -> Iterator[dict[str, str]]:
+        """Wait for a place; the environment of the process that goes there."""
+        gpu = self._free.get()
+        try:
+            yield {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
+        finally:
+            self._free.put(gpu)
+
+
+def _visible_gpus() -> list[str]:
+    import torch
+
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    every = [str(i) for i in range(torch.cuda.device_count())]
+    return every if listed is None else [gpu for gpu in listed.split(",") if gpu]
+
+
 def run_arms(arms: Sequence[Arm], directory: Path, *, parallel: int = 1) -> list[dict[str, Any]]:
     """Run every arm that has not finished yet; returns one row an arm. Raises RuntimeError if one fails."""
     directory.mkdir(parents=True, exist_ok=True)
+    places = Places(parallel)
     with ThreadPoolExecutor(parallel) as pool:
-        return list(pool.map(lambda arm: run_arm(arm, directory), arms))
+        return list(pool.map(lambda arm: run_arm(arm, directory, places), arms))
 
 
-def run_arm(arm: Arm, directory: Path) -> dict[str, Any]:
+def run_arm(arm: Arm, directory: Path, places: Places) -> dict[str, Any]:
     """Run one arm, or read it where it finished before."""
     run = directory / f"{arm.name}-seed{arm.seed}"
     if not _finished(run):
         command = [sys.executable, "-m", "svdtrain.cli", *arm.command(run), "--resume", "auto"]
-        with open(directory / f"{run.name}.log", "w") as log:
-            code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT).returncode
+        with places.taken() as environment, open(directory / f"{run.name}.log", "w") as log:
+            code = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
         if code:
             raise RuntimeError(f"{run.name} ended with exit code {code}; see {log.name}")
     return summarise(arm, run)

@@ -23,10 +23,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from runs import ROOT, Places, hardware, write_rows
 from shift_job import TRUTH_ROWS, Job, prepare_text
 from shift_summary import against_frontier, arm_row, detection, table
-
-from runs import ROOT, hardware, write_rows
 from svdtrain.config import RunConfig, defaults_for_depth, merge_settings
 
 SOURCES = {"kernel": "linux-doc-6.1", "java": "openjdk-17-doc"}
@@ -63,10 +62,11 @@ def main() -> None:
     pairs = [(order, options.seed + i) for i in range(options.seeds) for order in ORDERS[: options.orders]]
     for source in SOURCES.values():  # once, before the processes would wait for each other
         prepare_text(RunConfig.from_dict(settings(options, source, options.seed, {})), spec(options, source))
+    places = Places(options.parallel)
     with ThreadPoolExecutor(options.parallel) as pool:
-        list(pool.map(lambda pair: run_base(options, *pair), pairs))
+        list(pool.map(lambda pair: run_base(options, places, *pair), pairs))
         work = [(order, seed, arm) for order, seed in pairs for arm in arms]
-        rows = list(pool.map(lambda one: run_arm(options, *one), work))
+        rows = list(pool.map(lambda one: run_arm(options, places, *one), work))
     for order, seed in pairs:
         against_frontier([r for r in rows if r["order"] == "-".join(order) and r["seed"] == seed])
     for row in rows:
@@ -142,26 +142,28 @@ def directory(options: argparse.Namespace, order: Sequence[str], seed: int, arm:
     return options.runs / f"{'-'.join(order)}-seed{seed}" / name
 
 
-def run_base(options: argparse.Namespace, order: Sequence[str], seed: int) -> None:
+def run_base(options: argparse.Namespace, places: Places, order: Sequence[str], seed: int) -> None:
     """Training on A up to the onset, with the shares analysed every ten steps."""
     arm = Arm(name="base", svd={"svd_interval": 10, "svd_switching": False})
     if not (directory(options, order, seed, arm.name) / "done").exists():
-        run_process(options, order, seed, arm, stop_at_onset=True)
+        run_process(options, places, order, seed, arm, stop_at_onset=True)
 
 
-def run_arm(options: argparse.Namespace, order: Sequence[str], seed: int, arm: Arm) -> dict[str, Any]:
+def run_arm(options: argparse.Namespace, places: Places, order: Sequence[str], seed: int, arm: Arm) -> dict[str, Any]:
     """One arm from the base's checkpoint (or read, where it finished before)."""
     run = directory(options, order, seed, arm.name)
     if not (run / "done").exists():
         shutil.rmtree(run, ignore_errors=True)
         shutil.copytree(directory(options, order, seed, "base"), run, ignore=shutil.ignore_patterns("done"))
-        run_process(options, order, seed, arm, resume=True)
+        run_process(options, places, order, seed, arm, resume=True)
         shutil.rmtree(run / "checkpoints", ignore_errors=True)
     row = {"order": "-".join(order), "seed": seed, "arm": arm.name, "hardware": hardware()}
     return {**row, "settings": dataclasses.asdict(arm), **arm_row(run, options.before)}
 
 
-def run_process(options: argparse.Namespace, order: Sequence[str], seed: int, arm: Arm, **how: bool) -> None:
+def run_process(
+    options: argparse.Namespace, places: Places, order: Sequence[str], seed: int, arm: Arm, **how: bool
+) -> None:
     run = directory(options, order, seed, arm.name)
     run.mkdir(parents=True, exist_ok=True)
     job = Job(
@@ -176,8 +178,8 @@ def run_process(options: argparse.Namespace, order: Sequence[str], seed: int, ar
     )
     (run / "job.json").write_text(json.dumps(dataclasses.asdict(job), indent=1))
     command = [sys.executable, str(Path(__file__).with_name("shift_job.py")), str(run / "job.json")]
-    with open(run / "output.log", "w") as log:
-        code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT).returncode
+    with places.taken() as environment, open(run / "output.log", "w") as log:
+        code = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
     if code:
         raise RuntimeError(f"{run} ended with exit code {code}; see {log.name}")
     (run / "done").touch()
