@@ -14,6 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import cost_tables
+import shift_page
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS, FIGURES, PAGE = ROOT / "docs" / "results", ROOT / "docs" / "figures", ROOT / "docs" / "RESULTS.md"
@@ -95,6 +96,12 @@ def phase2(rows: list[Row], command: str) -> str:
     lines.append(_figure("phase2_bpb", "Validation bpb over training, all seeds", rows, draw_bpb))
     lines.append(_figure("phase2_ranks", "Rank r of every matrix over training, one seed", rows, draw_ranks))
     return "\n".join(lines) + "\n"
+
+
+def shift(rows: list[Row], command: str) -> str:
+    """The planned shift, and its figure."""
+    figure = _figure("shift", "Forgetting of A against the loss on B, every arm", rows, shift_page.draw_shift)
+    return f"{shift_page.shift(rows, command)}\n{figure}"
 
 
 def _phase2_line(name: str, group: list[Row], full: dict[int, float], full_seconds: float) -> str:
@@ -258,7 +265,7 @@ def _spread(values: list[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else float("nan")
 
 
-SECTIONS = {"phase1": phase1, "phase2": phase2}
+SECTIONS = {"phase1": phase1, "phase2": phase2, "shift": shift}
 COSTS = {"spectral": cost_tables.spectral, "monitoring_cpu": cost_tables.monitoring, "sinks": cost_tables.sinks}
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -74,10 +75,10 @@ def main() -> None:
             run = directory(options, tuple(row["order"].split("-")), row["seed"], row["arm"])
             row["detection"] = detection(run, options.before)
     table(rows)
-    write_rows(rows, options.out, "python scripts/experiments/shift.py " + " ".join(shown_flags(options)))
+    write_rows(rows, options.out, "python scripts/experiments/shift.py " + shown_flags(options))
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
     parser.add_argument("--device", default="cpu")
@@ -97,7 +98,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--runs", type=Path, default=Path("runs/shift"))
     parser.add_argument("--out", type=Path, default=Path("docs/results/shift.json"))
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     options.runs = options.runs.resolve()
     options.data = str(Path(options.data).resolve())
     if options.smoke:
@@ -185,11 +186,12 @@ def run_process(
     (run / "done").touch()
 
 
-def shown_flags(options: argparse.Namespace) -> list[str]:
-    """The command line for the results page, without paths."""
-    hidden = {"data", "runs", "out", "parallel"}
-    flags = {k: v for k, v in vars(options).items() if k not in hidden and v not in ("", False)}
-    return ["--data", "DIR", *(p for k, v in flags.items() for p in (f"--{k.replace('_', '-')}", str(v)))]
+def shown_flags(options: argparse.Namespace) -> str:
+    """The command line for the results page: what was asked for, without paths."""
+    hidden = {"data", "runs", "out", "parallel", "smoke"}
+    usual = vars(parse(["--data", "DIR"]))
+    flags = {k: v for k, v in vars(options).items() if k not in hidden and (options.smoke or v != usual[k])}
+    return shlex.join(["--data", "DIR", *(p for k, v in flags.items() for p in (f"--{k.replace('_', '-')}", str(v)))])
 
 
 if __name__ == "__main__":

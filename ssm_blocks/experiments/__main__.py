@@ -28,7 +28,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("names", nargs="+", metavar="NAME", help=f"{', '.join(catalogue.NAMES)}, or all")
     parser.add_argument("--quick", action="store_true", help="a few steps of everything: does it run?")
     parser.add_argument("--seeds", type=int, help="seeds 0 to N - 1 (3; quick: 1)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda (all of them), cuda:1, ...")
     parser.add_argument("--out", type=Path, default=Path("runs/ssm"), help="directory of the rows (runs/ssm)")
     parser.add_argument("--data", default="", help="images of scifar: a directory of parquet files, datasets, ...")
     parser.add_argument("--arms", default="", metavar="A,B", help="only these arms")

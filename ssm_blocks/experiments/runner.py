@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
 
@@ -124,12 +125,21 @@ def _finished(together: list[Job], alone: list[Job], parallel: int) -> Iterator[
         threads = max(1, min(2, (os.cpu_count() or 1) // parallel))
         os.environ["OMP_NUM_THREADS"] = str(threads)  # read by the children as they start
         context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-        with ProcessPoolExecutor(parallel, context, torch.set_num_threads, (threads,)) as pool:
+        with ProcessPoolExecutor(parallel, context, _start, (threads, context.Value("i", 0))) as pool:
             futures = {pool.submit(_guarded, job): job for job in together}
             for future in as_completed(futures):
                 error = future.exception()  # a process that died takes the whole pool with it
                 yield futures[future], future.result() if error is None else f"the process died ({error})"
     yield from ((job, _guarded(job)) for job in alone)
+
+
+def _start(threads: int, processes: Synchronized[int]) -> None:
+    """First thing in each process: its share of the cores, and of the GPUs where `cuda` does not say which."""
+    torch.set_num_threads(threads)
+    with processes.get_lock():
+        number, processes.value = processes.value, processes.value + 1
+    if torch.cuda.is_available():
+        torch.cuda.set_device(number % torch.cuda.device_count())
 
 
 def _guarded(job: Job) -> Row | str:

@@ -1,0 +1,110 @@
+"""The section of docs/RESULTS.md about the planned shift, from the rows of shift.py."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from shift_summary import HARM_NATS, HARM_WINDOW, LATE_NATS
+
+Row = dict[str, Any]
+Detection = dict[str, Any]
+WATCHED = "plain lr x1"
+
+
+def shift(rows: list[Row], command: str) -> str:
+    """What each arm kept of the first text at equal loss on the second, and what saw the harm coming."""
+    pairs = sorted({(row["order"], row["seed"]) for row in rows})
+    lines = [
+        "## A planned shift: from one text to another",
+        "",
+        f"The model trains on text A, then B replaces A within a few steps; {len(pairs)} pairs of an order and a seed,",
+        "every arm of a pair from the same checkpoint at the onset. Forgetting: rise of the loss on A since the onset,",
+        "in nats a token. Learning B more slowly forgets less by itself, so an arm is also held against plain training",
+        "at the learning rate that ends with the same loss on B (interpolated between the plain arms): below zero it",
+        "forgets less than that. Means over pairs, in brackets the smallest and the largest.",
+        "",
+        "| arm | loss on B | forgetting of A | against plain at equal loss on B | pairs inside | steps under alarm |",
+        "|---|---|---|---|---|---|",
+        *(_arm_line(name, group) for name, group in _by_arm(rows).items()),
+        "",
+        f"`{command}`, on {rows[0]['hardware']}.",
+        "",
+    ]
+    watched = [row["detection"] for row in rows if row["arm"] == WATCHED and "detection" in row]
+    return "\n".join(lines + (_detection(watched) if watched else [])) + "\n"
+
+
+def _by_arm(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    arms: dict[str, list[Row]] = {}
+    for row in rows:
+        arms.setdefault(row["arm"], []).append(row)
+    return arms
+
+
+def _arm_line(name: str, group: list[Row]) -> str:
+    against = [100 * row["against_frontier"] for row in group if row["against_frontier"] is not None]
+    plain = name.startswith("plain")
+    cells = (
+        name,
+        _spread([row["loss_b"] for row in group], ".3f"),
+        _spread([row["forgetting"] for row in group], ".3f"),
+        "the frontier" if plain else f"{_spread(against, '+.1f')} %" if against else "outside of it",
+        "" if plain else f"{len(against)} of {len(group)}",
+        _spread([row["steps_under_alarm"] for row in group], ".0f"),
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _detection(found: list[Detection]) -> list[str]:
+    quiet, harmful = (sum(d[key] for d in found) for key in ("quiet_steps", "harmful_steps"))
+    alarms = [d["alarm"] for d in found]
+    leads = [alarm["lead"] for alarm in alarms if alarm["lead"] is not None]
+    lines = [
+        "### What saw it coming",
+        "",
+        f"In the {len(found)} runs that only watch (`{WATCHED}`). A step is harmful when the loss on first-seen text",
+        f"rises by more than {HARM_NATS} nats within {HARM_WINDOW} steps ({harmful} steps), quiet before the onset",
+        f"({quiet} steps). Lead: steps between the first word after the onset and the step at which {LATE_NATS} nats",
+        "are lost, at the threshold that no quiet step of the same run passes; the alarm has its own threshold.",
+        "",
+        "| statistic | AUROC | lead in steps | spoke in |",
+        "|---|---|---|---|",
+        f"| **the alarm** | | {_spread(leads, '.0f')} | {len(leads)} of {len(found)} |",
+    ]
+    names = {name for d in found for name in d["statistics"]}
+    judged = {name: [d["statistics"][name] for d in found if name in d["statistics"]] for name in names}
+    aurocs = {name: [s["auroc"] for s in group if s["auroc"] is not None] for name, group in judged.items()}
+    for name in sorted((n for n in names if aurocs[n]), key=lambda n: -statistics.mean(aurocs[n])):
+        said = [s["lead"] for s in judged[name] if s["lead"] is not None]
+        lines.append(
+            f"| {name} | {_spread(aurocs[name], '.2f')} | {_spread(said, '.0f')} | {len(said)} of {len(found)} |"
+        )
+    false = statistics.mean(alarm["false_per_1000"] for alarm in alarms)
+    return [*lines, "", f"The alarm was raised {false:.1f} times in 1,000 quiet steps."]
+
+
+def _spread(values: Sequence[float], format: str) -> str:
+    """Mean, and where they differ the smallest and the largest."""
+    if not values:
+        return "-"
+    mean, low, high = (f"{v:{format}}" for v in (statistics.mean(values), min(values), max(values)))
+    return mean if low == high else f"{mean} ({low} to {high})"
+
+
+def draw_shift(rows: list[Row], axes: Any) -> None:
+    """Forgetting of A over the loss on B, each pair centred on its plain run, so that pairs lie on each other."""
+    base = {(row["order"], row["seed"]): row for row in rows if row["arm"] == WATCHED}
+    for name, group in _by_arm(rows).items():
+        points = [
+            (row["loss_b"] - base[row["order"], row["seed"]]["loss_b"],
+             row["forgetting"] - base[row["order"], row["seed"]]["forgetting"])
+            for row in group
+        ]  # fmt: skip
+        plain = name.startswith("plain")
+        axes.plot(*zip(*points, strict=True), "x" if plain else "o", color="grey" if plain else None, markersize=5,
+                  label=name)  # fmt: skip
+    axes.set_xlabel("loss on B, minus that of plain training")
+    axes.set_ylabel("forgetting of A, likewise")
+    axes.legend(fontsize=6, ncols=2)
