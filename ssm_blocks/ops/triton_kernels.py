@@ -9,6 +9,7 @@ arithmetic, not for memory.
 """
 
 # no `from __future__ import annotations`: triton reads the annotations
+# pyright: reportOperatorIssue=false, reportIndexIssue=false
 import triton  # type: ignore[import-not-found]
 import triton.language as tl  # type: ignore[import-not-found]
 

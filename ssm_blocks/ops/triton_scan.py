@@ -2,9 +2,9 @@
 
 A scan over n x n matrices does O(n^3) work a token in 2 T small products, and keeps every one for the backward pass.
 With many sequences and heads the tokens of one sequence need not be parallel: a program keeps h in registers and walks
-through time, one launch. Given matrices that is O(n^2) a token, and 4 n^2 bytes read. Monarch matrices made of reflections
-are applied as such, O(n) each, and never formed: for n = b^2 that is 8 b (b + 1) n_h bytes, 160 for b = 4 and n_h = 1,
-where the blocks of L and R are 8 b^3 = 512 and the matrix 1,024, and none of them is written first.
+through time, one launch. Given matrices that is O(n^2) a token, and 4 n^2 bytes read. Monarch matrices made of
+reflections are applied as such, O(n) each, and never formed: for n = b^2 that is 8 b (b + 1) n_h bytes, 160 for b = 4
+and n_h = 1, where the blocks of L and R are 8 b^3 = 512 and the matrix 1,024, and none of them is written first.
 
 Triton is imported only when a kernel runs.
 """
@@ -66,7 +66,7 @@ def dense_scan(M: Tensor, b: Tensor, h0: Tensor) -> Tensor:
 
     M [B, T, H, n, n], b [B, T, H, n], h0 [B, H, n] of any floating type; the gradients have theirs.
     """
-    return _DenseScan.apply(M, b, h0)  # type: ignore[return-value]
+    return _DenseScan.apply(*(x.to(STATE_TYPE) for x in (M, b, h0)))  # type: ignore[return-value]
 
 
 @torch.compiler.disable
@@ -77,7 +77,7 @@ def monarch_scan(u: Tensor, beta: Tensor, forget: Tensor, b: Tensor, h0: Tensor)
     H_m ... H_1 of I - beta_i u_i u_i^T (`householder.householder_product`). forget [B, T, H], b [B, T, H, b^2],
     h0 [B, H, b^2], all of any floating type. The gradients have theirs.
     """
-    return _MonarchScan.apply(u, beta, forget, b, h0)  # type: ignore[return-value]
+    return _MonarchScan.apply(*(x.to(STATE_TYPE) for x in (u, beta, forget, b, h0)))  # type: ignore[return-value]
 
 
 def _padded(size: int) -> int:
@@ -88,13 +88,24 @@ def _padded(size: int) -> int:
 def _buffer(b: Tensor, h0: Tensor) -> Tensor:
     """Room for all states [B, T + 1, H, n], the first in its place."""
     batch, length, *shape = b.shape
-    states = torch.empty(batch, length + 1, *shape, dtype=STATE_TYPE, device=b.device)
+    states = b.new_empty(batch, length + 1, *shape)
     states[:, 0] = h0
     return states
 
 
+def _empty_like_first(states: Tensor) -> Tensor:
+    return states.new_empty(states.size(0), *states.shape[2:])
+
+
+def _launch(kernel: Any, tokens: Tensor, arguments: tuple[Tensor, ...], **options: int) -> None:
+    """One program per sequence and head of tokens [B, T, H, n]."""
+    batch, length, heads, _ = tokens.shape
+    with torch.cuda.device_of(tokens):
+        kernel[(batch * heads,)](*arguments, T=length, H=heads, **options)
+
+
 def _dense_options(n: int) -> dict[str, int]:
-    """One warp up to 16 x 16 (8 registers a lane): no barriers. Stages lie in shared memory, at most 16 KB each."""
+    """One warp up to 16 x 16 (8 registers a lane): it waits for nobody. Stages in shared memory, at most 16 KB each."""
     return {"n": n, "N": _padded(n), "STAGES": 2 if n > 32 else 4, "num_warps": 1 if n <= 16 else 4}
 
 
@@ -110,12 +121,9 @@ class _DenseScan(torch.autograd.Function):
         from ssm_blocks.ops.triton_kernels import dense_forward
 
         M, b = M.contiguous(), b.contiguous()
-        batch, length, heads, n = b.shape
         states = _buffer(b, h0)
-        with torch.cuda.device_of(b):
-            dense_forward[(batch * heads,)](M, b, states, length, heads, **_dense_options(n))
+        _launch(dense_forward, b, (M, b, states), **_dense_options(b.size(-1)))
         ctx.save_for_backward(M, states)
-        ctx.types = b.dtype, h0.dtype
         return states[:, 1:]
 
     @staticmethod
@@ -124,12 +132,9 @@ class _DenseScan(torch.autograd.Function):
         from ssm_blocks.ops.triton_kernels import dense_backward
 
         M, states = ctx.saved_tensors
-        batch, length, heads, n = grad.shape
-        grad = grad.to(STATE_TYPE).contiguous()
-        dM, db = torch.empty_like(M), torch.empty_like(grad, dtype=ctx.types[0])
-        dh0 = torch.empty(batch, heads, n, dtype=ctx.types[1], device=grad.device)
-        with torch.cuda.device_of(grad):
-            dense_backward[(batch * heads,)](M, states, grad, dM, db, dh0, length, heads, **_dense_options(n))
+        grad = grad.contiguous()
+        dM, db, dh0 = torch.empty_like(M), torch.empty_like(grad), _empty_like_first(states)
+        _launch(dense_backward, grad, (M, states, grad, dM, db, dh0), **_dense_options(grad.size(-1)))
         return dM, db, dh0
 
 
@@ -139,12 +144,9 @@ class _MonarchScan(torch.autograd.Function):
         from ssm_blocks.ops.triton_kernels import monarch_forward
 
         u, beta, forget, b = (x.contiguous() for x in (u, beta, forget, b))
-        batch, length, heads, _ = b.shape
         states = _buffer(b, h0)
-        with torch.cuda.device_of(b):
-            monarch_forward[(batch * heads,)](u, beta, forget, b, states, length, heads, 1, **_monarch_options(u))
+        _launch(monarch_forward, b, (u, beta, forget, b, states), unit=1, **_monarch_options(u))
         ctx.save_for_backward(u, beta, forget, states)
-        ctx.types = b.dtype, h0.dtype
         return states[:, 1:]
 
     @staticmethod
@@ -153,12 +155,9 @@ class _MonarchScan(torch.autograd.Function):
         from ssm_blocks.ops.triton_kernels import monarch_backward
 
         u, beta, forget, states = ctx.saved_tensors
-        batch, length, heads, n = grad.shape
-        grad = grad.to(STATE_TYPE).contiguous()
-        du, dbeta, dforget = (torch.empty_like(x) for x in (u, beta, forget))
-        db = torch.empty_like(grad, dtype=ctx.types[0])
-        dh0 = torch.empty(batch, heads, n, dtype=ctx.types[1], device=grad.device)
-        inputs, outputs = (u, beta, forget, states, grad), (du, dbeta, dforget, db, dh0)
-        with torch.cuda.device_of(grad):
-            monarch_backward[(batch * heads,)](*inputs, *outputs, length, heads, 1, **_monarch_options(u))
+        grad = grad.contiguous()
+        du, dbeta, dforget, db = (torch.empty_like(x) for x in (u, beta, forget, grad))
+        inputs = u, beta, forget, states, grad
+        outputs = du, dbeta, dforget, db, _empty_like_first(states)
+        _launch(monarch_backward, grad, (*inputs, *outputs), unit=1, **_monarch_options(u))
         return outputs

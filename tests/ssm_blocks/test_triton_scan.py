@@ -228,7 +228,7 @@ def test_triton_is_imported_only_where_a_kernel_runs() -> None:
     assert ssm_blocks.__file__ is not None
     for path in Path(ssm_blocks.__file__).parent.rglob("*.py"):
         for node in ast.parse(path.read_text()).body:
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None)]
-            for name in set(names) & importers.keys():
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", "")]
+            for name in importers.keys() & set(names):
                 importers[name].add(path.name)
     assert importers == {"triton": {"triton_kernels.py"}, "ssm_blocks.ops.triton_kernels": set()}
