@@ -123,14 +123,16 @@ class MonarchGated(LinearStateMixer):
         walks = call.form == "parallel" and triton_scan.use_triton(self.backend, h.dtype, h.device, self.state_size)
         if walks and self._is_made_of_reflections:
             u, beta = self._reflections(inputs["vectors"], inputs["gates"])
-            return triton_scan.monarch_scan(u, beta, inputs["forget"], b, h)
+            return triton_scan.monarch_scan(u, beta, inputs["forget"], b, h)  # type: ignore[call-arg]
         blocks = self._blocks(inputs["vectors"], inputs.get("gates"), exact=call.form == "reference")
         L, R = blocks.unbind(3)
         forget = inputs["forget"]
         if call.form != "parallel":
             return scan_reference(lambda t, h: forget[:, t, :, None] * monarch_apply(L[:, t], R[:, t], h), b, h)
         A = forget[..., None, None] * monarch_matrix(L, R)
-        return triton_scan.dense_scan(A, b, h) if walks else scan("dense", (A,), b, h, method=self.method)
+        if walks:
+            return triton_scan.dense_scan(A, b, h)  # type: ignore[call-arg]
+        return scan("dense", (A,), b, h, method=self.method)
 
 
 def monarch_matrix(L: Tensor, R: Tensor) -> Tensor:

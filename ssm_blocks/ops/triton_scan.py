@@ -11,8 +11,9 @@ Triton is imported only when a kernel runs.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 import os
+import re
 import warnings
 from functools import lru_cache
 from typing import Any
@@ -24,10 +25,12 @@ from torch.autograd.function import once_differentiable
 LARGEST_STATE = 64  # a matrix of 64 x 64 is what 4 warps keep in registers
 MOST_REFLECTIONS = 8  # per block; the kernel's text grows with them, and whole matrices cost no more then
 STATE_TYPE = torch.float32
+OLDEST = (3, 3)  # of triton: the first whose compiler was seen to take the kernels
+PACKAGES = ("triton", "pytorch-triton", "pytorch-triton-rocm")  # torch's builds bring it under one of these names
 
 
 def use_triton(backend: str, dtype: torch.dtype, device: torch.device, state_size: int) -> bool:
-    """Whether to call the kernels. auto: on CUDA, float32 states of at most 64 numbers, and if triton is installed.
+    """Whether to call the kernels. auto: on CUDA, float32 states of at most 64 numbers, if triton >= 3.3 is installed.
 
     Raises ValueError when backend is "triton" and one of these does not hold. With TRITON_INTERPRET=1, triton's own
     switch, "triton" runs on a CPU as well, for tests.
@@ -37,7 +40,7 @@ def use_triton(backend: str, dtype: torch.dtype, device: torch.device, state_siz
     reason = _obstacle(dtype, device, state_size, may_interpret=backend == "triton")
     if backend == "triton" and reason:
         raise ValueError(f"backend='triton' {reason}; use backend='auto' or 'torch'")
-    if device.type == "cuda" and "not installed" in reason:
+    if device.type == "cuda" and "package" in reason:
         _say_once(reason)
     return not reason
 
@@ -50,8 +53,21 @@ def _obstacle(dtype: torch.dtype, device: torch.device, state_size: int, may_int
         return f"keeps states in {STATE_TYPE}, these are {dtype}"
     if state_size > LARGEST_STATE:
         return f"takes states of at most {LARGEST_STATE} numbers a head, these have {state_size}"
-    if importlib.util.find_spec("triton") is None:
-        return "needs the package triton, which is not installed"
+    version = _installed_triton()
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST:
+        there = f"{version} is installed" if version else "which is not installed"
+        return f"needs the package triton >= {'.'.join(map(str, OLDEST))}, {there}"
+    return ""
+
+
+@lru_cache(maxsize=1)
+def _installed_triton() -> str:
+    """Version, or "" where there is none; read without importing it."""
+    for name in PACKAGES:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
     return ""
 
 
