@@ -70,7 +70,7 @@ def _reflections(i, k, size: tl.constexpr, count: tl.constexpr):
     """Where the 2 count reflections lie in [2, size, count, size], in their order: R (factor 1) first, then L (0).
 
     Block i of R holds for row i of the grid, block k of L for column k. Returns tuples of the vectors' and the gates'
-    offsets on the grid [S, S].
+    offsets on the grid [ROWS, COLUMNS].
     """
     vectors, gates = (), ()
     for r in tl.static_range(count):
@@ -85,25 +85,25 @@ def _reflections(i, k, size: tl.constexpr, count: tl.constexpr):
 @triton.jit(do_not_specialize=["T", "H", "unit"])
 def monarch_forward(
     u, beta, forget, b, states, T, H, unit,
-    size: tl.constexpr, S: tl.constexpr, count: tl.constexpr, STAGES: tl.constexpr,
+    size: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, count: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """h_t = forget_t P^T L_t P R_t h_{t-1} + b_t, every block of R and L `count` reflections I - beta u u^T.
 
     The state is a grid [size, size]. Blocks of R reflect its rows and those of L its columns, so a reflection is a sum
     along axis 1 or 0 of the grid: no block is ever formed and nothing is transposed.
 
-    unit is 1, which the compiler must not know. It would see that R and L lie in memory along different axes, give them
-    different layouts in registers, and exchange registers between lanes at every token while the walk waits.
+    `unit` is 1, which the compiler must not know. It would see that R and L lie in memory along different axes, give
+    them different layouts in registers, and exchange registers between lanes at every token while the walk waits.
     """
     row = tl.program_id(0).to(tl.int64)
     stride = tl.cast(H, tl.int64)
     first = _first_token(row, T, stride)
-    i, k = tl.arange(0, S)[:, None], tl.arange(0, S)[None, :]
+    i, k = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
     inside = (i < size) & (k < size)
     cell = i * unit * size + k * unit
     vectors, gates = _reflections(i * unit, k * unit, size, count)
     n: tl.constexpr = size * size
-    everywhere = tl.zeros((S, S), tl.int32)
+    everywhere = tl.zeros((ROWS, COLUMNS), tl.int32)
     h_at = states + _first_token(row, T + 1, stride) * n + cell
     h = tl.load(h_at, mask=inside, other=0.0)
     for t in tl.range(0, T, num_stages=STAGES):
@@ -121,7 +121,7 @@ def monarch_forward(
 @triton.jit(do_not_specialize=["T", "H", "unit"])
 def monarch_backward(
     u, beta, forget, states, grad, du, dbeta, dforget, db, dh0, T, H, unit,
-    size: tl.constexpr, S: tl.constexpr, count: tl.constexpr, STAGES: tl.constexpr
+    size: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, count: tl.constexpr, STAGES: tl.constexpr
 ):  # fmt: skip
     """Gradients of `monarch_forward`, last token first.
 
@@ -131,14 +131,14 @@ def monarch_backward(
     row = tl.program_id(0).to(tl.int64)
     stride = tl.cast(H, tl.int64)
     first = _first_token(row, T, stride)
-    i, k = tl.arange(0, S)[:, None], tl.arange(0, S)[None, :]
+    i, k = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
     inside = (i < size) & (k < size)
     cell = i * unit * size + k * unit
     vectors, gates = _reflections(i * unit, k * unit, size, count)
     n: tl.constexpr = size * size
-    everywhere = tl.zeros((S, S), tl.int32)
+    everywhere = tl.zeros((ROWS, COLUMNS), tl.int32)
     h_at = states + _first_token(row, T + 1, stride) * n + cell
-    carry = tl.zeros((S, S), tl.float32)
+    carry = tl.zeros((ROWS, COLUMNS), tl.float32)
     for back in tl.range(0, T, num_stages=STAGES):
         t = T - 1 - back
         token = first + t * stride
@@ -158,12 +158,12 @@ def monarch_backward(
         g = tl.load(grad + token * n + cell, mask=inside, other=0.0) + carry
         tl.store(db + token * n + cell, g, mask=inside)
         dkept = tl.sum(tl.sum(g * x, 1, keep_dims=True), 0, keep_dims=True)
-        tl.store(dforget + token + everywhere, tl.broadcast_to(dkept, (S, S)), mask=(i == 0) & (k == 0))
+        tl.store(dforget + token + everywhere, tl.broadcast_to(dkept, (ROWS, COLUMNS)), mask=(i == 0) & (k == 0))
         g = kept * g
         for r in tl.static_range(2 * count - 1, -1, -1):
             dot = tl.sum(vs[r] * g, 1 - r // count, keep_dims=True)
             once = inside & ((k == 0) if r < count else (i == 0))
-            tl.store(dbeta + beta_token + gates[r], tl.broadcast_to(-dots[r] * dot, (S, S)), mask=once)
+            tl.store(dbeta + beta_token + gates[r], tl.broadcast_to(-dots[r] * dot, (ROWS, COLUMNS)), mask=once)
             tl.store(du + u_token + vectors[r], -ws[r] * (dot * xs[r] + dots[r] * g), mask=inside)
             g -= (ws[r] * vs[r]) * dot
         carry = g

@@ -96,9 +96,13 @@ def monarch_scan(u: Tensor, beta: Tensor, forget: Tensor, b: Tensor, h0: Tensor)
     return _MonarchScan.apply(*(x.to(STATE_TYPE) for x in (u, beta, forget, b, h0)))  # type: ignore[return-value]
 
 
-def _padded(size: int) -> int:
-    """The next power of two from 8 on: a smaller square has fewer numbers than a warp lanes, which costs exchanges."""
-    return max(8, 1 << (size - 1).bit_length())
+def _padded(size: int, smallest: int) -> int:
+    """The next power of two, which is what a block of registers has.
+
+    Fewer than 32 numbers leave lanes of a warp without one, and the compiler then makes layouts that exchange registers
+    between lanes at every token: hence at least 8 x 8, or 4 x 8.
+    """
+    return max(smallest, 1 << (size - 1).bit_length())
 
 
 def _buffer(b: Tensor, h0: Tensor) -> Tensor:
@@ -122,13 +126,14 @@ def _launch(kernel: Any, tokens: Tensor, arguments: tuple[Tensor, ...], **option
 
 def _dense_options(n: int) -> dict[str, int]:
     """One warp up to 16 x 16 (8 registers a lane): it waits for nobody. Stages in shared memory, at most 16 KB each."""
-    return {"n": n, "N": _padded(n), "STAGES": 2 if n > 32 else 4, "num_warps": 1 if n <= 16 else 4}
+    return {"n": n, "N": _padded(n, 8), "STAGES": 2 if n > 32 else 4, "num_warps": 1 if n <= 16 else 4}
 
 
 def _monarch_options(u: Tensor) -> dict[str, int]:
     """A grid is at most 8 x 8: one warp. A token is few bytes, its arithmetic short: six are under way at once."""
     count, size = u.shape[-2:]
-    return {"size": size, "S": _padded(size), "count": count, "STAGES": 6 if count <= 2 else 3, "num_warps": 1}
+    grid = {"size": size, "ROWS": _padded(size, 4), "COLUMNS": _padded(size, 8)}
+    return {**grid, "count": count, "STAGES": 6 if count <= 2 else 3, "num_warps": 1}
 
 
 class _DenseScan(torch.autograd.Function):
