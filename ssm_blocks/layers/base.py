@@ -13,7 +13,7 @@ from ssm_blocks.layers.modules import Gate, Generator, HeadNorm, Linear, ShortCo
 from ssm_blocks.layers.packing import Packing
 from ssm_blocks.mixer import Mixer, State
 
-BACKENDS = ("auto", "torch", "fla", "reference")
+BACKENDS = ("auto", "torch", "fla", "triton", "reference")
 Inputs = dict[str, Tensor]
 
 
@@ -43,11 +43,12 @@ class RecurrentMixer(Mixer):
     """x -> projections -> short convolution -> recurrence -> norm -> output projection.
 
     A subclass says how wide the convolved features are and how many channels it reads out, and implements
-    `_inputs`, `_recur` and `_state_shapes`. backend: auto (fla's kernels on CUDA in bf16 or fp16 where they exist,
-    else torch), torch, fla, or reference: the definition, token by token.
+    `_inputs`, `_recur` and `_state_shapes`. backend: auto (fla's kernels on CUDA in bf16 or fp16 where they exist, or
+    our own in Triton, else torch), torch, fla, triton, or reference: the definition, token by token.
     """
 
     has_fla_kernel: ClassVar[bool] = False
+    has_triton_kernel: ClassVar[bool] = False
     neutral: ClassVar[dict[str, float]] = {}
     """Inputs of the recurrence that switch a token off when they have this value: used behind a sequence's end."""
 
@@ -65,6 +66,8 @@ class RecurrentMixer(Mixer):
             raise ValueError(f"backend is one of {', '.join(BACKENDS)}, got {backend!r}")
         if backend == "fla" and not self.has_fla_kernel:
             raise ValueError(f"fla has no kernel for {type(self).__name__}; use backend='auto' or 'torch'")
+        if backend == "triton" and not self.has_triton_kernel:
+            raise ValueError(f"there is no Triton kernel for {type(self).__name__}; use backend='auto' or 'torch'")
         self.backend = backend
         self.conv = ShortConvolution(features, conv_size)
         self.norm = HeadNorm(read_heads[1])

@@ -4,7 +4,7 @@ The state of a head is a b x b grid: R_t moves the entries within each row, L_t 
 the grid). Every b x b block has norm <= 1: products of n_h reflections I - beta u u^T of the input with beta in (0, 2),
 or Cayley transforms. Fixed orthogonal L and R with gates, as first proposed, either forget (.9 x .9 leaves .015 after
 20 steps) or do not depend on the input; and Monarch matrices are not closed under multiplication, so the parallel form
-scans dense n x n products, n = b^2.
+in torch scans dense n x n products, n = b^2. On a GPU, `ops.triton_scan` walks through time instead.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from ssm_blocks.layers.base import Call, Inputs
 from ssm_blocks.layers.linear_state import LinearStateMixer
 from ssm_blocks.layers.modules import Gate, Linear, split_heads, wide
 from ssm_blocks.mixer import register
+from ssm_blocks.ops import triton_scan
 from ssm_blocks.ops.householder import householder_product, householder_product_reference
 from ssm_blocks.ops.orthogonal import scaled_cayley
 from ssm_blocks.ops.reference import scan_reference
@@ -30,8 +31,10 @@ FORGET_BIAS = 8.0  # sigmoid(8) = .9997
 class MonarchGated(LinearStateMixer):
     """Householder blocks. block_size: b, the state has b^2 numbers a head; num_householder: n_h per block.
 
-    Other options as in `LinearStateMixer`; method: see `ops.scans.scan`.
+    Other options as in `LinearStateMixer`; method: of the form in torch, see `ops.scans.scan`.
     """
+
+    has_triton_kernel = True
 
     def __init__(
         self,
@@ -88,7 +91,17 @@ class MonarchGated(LinearStateMixer):
         """vectors [..., m, b], gates [..., m] -> [..., b, b] of norm <= 1; `exact` multiplies one by one."""
         assert gates is not None
         product = householder_product_reference if exact else householder_product
-        return product(F.normalize(vectors, dim=-1), 2 * torch.sigmoid(gates))
+        return product(*self._reflections(vectors, gates))
+
+    @property
+    def _is_made_of_reflections(self) -> bool:
+        """Whether a kernel may take the reflections for the blocks: a subclass with blocks of its own may not."""
+        own = type(self)._blocks is not MonarchGated._blocks
+        return not own and self.num_householder <= triton_scan.MOST_REFLECTIONS
+
+    def _reflections(self, vectors: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit vectors u and beta in (0, 2) of the reflections I - beta u u^T."""
+        return F.normalize(vectors, dim=-1), 2 * torch.sigmoid(gates)
 
     # ----------------------------------------------------------------------------------------------------------------
 
@@ -107,12 +120,19 @@ class MonarchGated(LinearStateMixer):
 
     def _states(self, inputs: Inputs, h: Tensor, call: Call) -> Tensor:
         b = self._drive(inputs["u"], self.B.to(h.dtype))
+        walks = call.form == "parallel" and triton_scan.use_triton(self.backend, h.dtype, h.device, self.state_size)
+        if walks and self._is_made_of_reflections:
+            u, beta = self._reflections(inputs["vectors"], inputs["gates"])
+            return triton_scan.monarch_scan(u, beta, inputs["forget"], b, h)  # type: ignore[call-arg]
         blocks = self._blocks(inputs["vectors"], inputs.get("gates"), exact=call.form == "reference")
         L, R = blocks.unbind(3)
         forget = inputs["forget"]
-        if call.form == "parallel":
-            return scan("dense", (forget[..., None, None] * monarch_matrix(L, R),), b, h, method=self.method)
-        return scan_reference(lambda t, h: forget[:, t, :, None] * monarch_apply(L[:, t], R[:, t], h), b, h)
+        if call.form != "parallel":
+            return scan_reference(lambda t, h: forget[:, t, :, None] * monarch_apply(L[:, t], R[:, t], h), b, h)
+        A = forget[..., None, None] * monarch_matrix(L, R)
+        if walks:
+            return triton_scan.dense_scan(A, b, h)  # type: ignore[call-arg]
+        return scan("dense", (A,), b, h, method=self.method)
 
 
 def monarch_matrix(L: Tensor, R: Tensor) -> Tensor:
