@@ -104,7 +104,7 @@ def directions_for_energy(S: Tensor, share: float) -> Tensor:
     cumulative = S.double().square().cumsum(-1)
     total = cumulative[..., -1:]
     below = (cumulative < share * total * (1 - 1e-12)).sum(-1)  # tolerate the rounding of the cumulative sum
-    return torch.where(total[..., 0] > 0, below + 1, torch.zeros_like(below))
+    return (below + 1).mul_(total[..., 0] > 0)
 
 
 def singular_value_concentration(S: Tensor, percentile: float) -> Tensor:
