@@ -122,7 +122,8 @@ def state_to_factors(state: Mapping[str, Any], B: Tensor, A: Tensor) -> tuple[St
         elif key == REDUCED_SECOND_MOMENT and value.shape in ((*shape[:-1], 1), (*shape[:-2], 1, shape[-1])):
             pair = _reduced_to_factors(value, B, A)
         else:
-            raise UnknownState(f"no map from W to B and A for optimizer state {key!r} of shape {tuple(value.shape)}")
+            own_shape = tuple(value.shape[B.ndim - 2 :])
+            raise UnknownState(f"no map from W to B and A for optimizer state {key!r} of shape {own_shape}")
         state_B[key], state_A[key] = (_like(part, value) for part in pair)
     return state_B, state_A
 

@@ -26,7 +26,7 @@ def states_to_factors(states: Sequence[Mapping[str, Any] | None], new: Sequence[
 
 def states_from_factors(pairs: Sequence[Pair], old: Sequence[Factors]) -> list[State | UnknownState]:
     """`state_from_factors` of each pair of states and the factors they belong to, in order; as above."""
-    outcomes = _map(pairs, [old], lambda parts, B, A: (state_from_factors(*parts, B, A),))
+    outcomes = _map(pairs, [old], lambda parts, B, A: (state_from_factors(parts[0], parts[1], B, A),))
     return [outcome if isinstance(outcome, UnknownState) else outcome[0] for outcome in outcomes]
 
 
@@ -36,7 +36,7 @@ def states_between_factors(
     """Each pair of states carried from old factors to new ones, whose rank may differ, through the state of W."""
 
     def through_W(parts: Sequence[State], B_old: Tensor, A_old: Tensor, B: Tensor, A: Tensor) -> Pair:
-        return state_to_factors(state_from_factors(*parts, B_old, A_old), B, A)
+        return state_to_factors(state_from_factors(parts[0], parts[1], B_old, A_old), B, A)
 
     return _map(pairs, [old, new], through_W)
 

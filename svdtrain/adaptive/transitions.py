@@ -77,24 +77,27 @@ class Transitions:
 
     def _to_lowrank(self, moves: Sequence[Move]) -> None:
         """Full -> low-rank. The switching step has been taken; the next one trains in part only."""
-        for move in moves:
-            self._split(move)
-        self._adapter.adopt([move.target.factors for move in moves if move.target.factors is not None])
+        forms = [self._form(move) for move in moves]  # all of them before any target changes
+        for move, form in zip(moves, forms, strict=True):
+            if isinstance(form, FactoredWeight):
+                move.target.factors = form
+            else:
+                move.target.guard = form
+        self._adapter.adopt([form for form in forms if isinstance(form, FactoredWeight)])
         for move in moves:
             _switched(move.target)
             _log_counts("after the switch to low-rank", move.target)
 
-    def _split(self, move: Move) -> None:
-        target, decomposition, protect = move.target, move.decomposition, self._config.svd_protect
+    def _form(self, move: Move) -> FactoredWeight | UpdateGuard:
+        """What low-rank mode consists of for this matrix. Raises ValueError for an r outside [1, min(m, n))."""
+        W, decomposition, protect = move.target.W, move.decomposition, self._config.svd_protect
         if protect == "activation":
-            target.guard = self._activation_guard(target)
-            return
+            return self._activation_guard(move.target)
         assert decomposition is not None
         assert move.r is not None
         if protect == "core":
-            target.guard = UpdateGuard.core(target.W, decomposition, move.r)
-        else:
-            target.factors = FactoredWeight.split(target.W, decomposition, move.r, protect)
+            return UpdateGuard.core(W, decomposition, move.r)
+        return FactoredWeight.split(W, decomposition, move.r, protect)
 
     def _refactor(self, moves: Sequence[Move]) -> None:
         """Recompute everything from the current W."""
