@@ -237,8 +237,7 @@ def installed(bench: Bench, k: int, **settings: Any) -> SubspaceTracker:
     """A tracker that knows the exact bases of the weights before the update."""
     names, weights, _, _ = named(bench)
     tracker = SubspaceTracker(weights, dict.fromkeys(names, k), TrackerSettings(**settings))
-    for name, d in zip(names, bench.old, strict=True):
-        tracker.install(name, d, weights[name], 0)
+    tracker.install(dict(zip(names, bench.old, strict=True)), weights, 0)
     return tracker
 
 

@@ -21,9 +21,9 @@ from svdtrain.adaptive.policy import Measurement, should_use_lowrank_training
 from svdtrain.adaptive.registration import Adapter, Reregister
 from svdtrain.adaptive.shadow import Shadow
 from svdtrain.adaptive.sharded import refuse_sharded
-from svdtrain.adaptive.target import STATE_VERSION, Change, ChangeKind, Decision, Target, check_state, totals
+from svdtrain.adaptive.target import STATE_VERSION, Change, Decision, Target, change_made, check_state, totals
 from svdtrain.adaptive.targets import select_targets
-from svdtrain.adaptive.transitions import Transitions
+from svdtrain.adaptive.transitions import Move, Transitions
 from svdtrain.config import SVDConfig
 from svdtrain.spectral.decompose import Decomposition
 
@@ -145,15 +145,14 @@ class AdaptiveSVD:
             raise ValueError(f"{name!r} is not watched; watched are: {', '.join(self.targets)}")
         target = self.targets[name]
         if r is None:
-            if target.lowrank:
-                self._transitions.to_full(target)
+            self._transitions.carry_out([Move(target=target, r=None)])
             return
         if not self._transitions.possible(target):
             raise ValueError(f"{name!r}: protect=activation needs set_references() first")
         (outcome,) = decompose_all([target.W])
         if isinstance(outcome, str):
             raise ValueError(f"{name!r} cannot be decomposed: {outcome}")
-        (self._transitions.refactor if target.lowrank else self._transitions.to_lowrank)(target, outcome, r)
+        self._transitions.carry_out([Move(target=target, r=r, decomposition=outcome)])
         target.r = r
         if self._monitor is not None:
             self._monitor.set_ranks({name: r})
@@ -256,9 +255,7 @@ class AdaptiveSVD:
 
     def detach(self) -> None:
         """Back to plain training: every matrix in full mode in its original place, no trace in the optimizer."""
-        for target in self.targets.values():
-            if target.lowrank:
-                self._transitions.to_full(target)
+        self._transitions.carry_out([Move(target=target, r=None) for target in self.targets.values()])
         _attached.discard(self._optimizer)
 
     # --- analysis and switching ---
@@ -272,17 +269,19 @@ class AdaptiveSVD:
     def _analyse(self, step: int) -> list[Change]:
         """The exact engine: decompose everything, then decide matrix by matrix."""
         ready = [target for target in self.targets.values() if self._has_finite_numbers(target, step)]
-        changes = []
-        for target, outcome in zip(ready, decompose_all([t.W for t in ready]), strict=True):
-            if isinstance(outcome, str):
-                self._warn(step, target.name, f"decomposition failed ({outcome}); the last basis stays in force")
-                continue
-            r = self._rank_in_force(target, step, lambda S=outcome.S: starting_rank(S, self.config.svd_min_rank))
+        found = self._decompose(ready, step, "the last basis stays in force")
+        decisions = []
+        for target in (target for target in ready if target.name in found):
+            S = found[target.name].S
+            r = self._rank_in_force(target, step, lambda S=S: starting_rank(S, self.config.svd_min_rank))
             assert target.W.grad is not None
-            measured = measure(target.W, target.W.grad, outcome, target.history, r=r, r_min=self.config.svd_min_rank)
-            decision = self._decide(target, measured, r, step)
-            changes.append(self._apply(decision, outcome, step))
-            target.history = History.of(target.W, outcome, decision.r)
+            measured = measure(
+                target.W, target.W.grad, found[target.name], target.history, r=r, r_min=self.config.svd_min_rank
+            )
+            decisions.append(self._decide(target, measured, r, step))
+        changes = self._apply(decisions, found, step)
+        for decision in decisions:
+            decision.target.history = History.of(decision.target.W, found[decision.target.name], decision.r)
             self._remember(decision)
         return self._report(changes)
 
@@ -298,29 +297,34 @@ class AdaptiveSVD:
             elif trouble:
                 self._warn(step, target.name, trouble)
         recompute = [d.target for d in decisions if d.use_lowrank and self._transitions.needs_decomposition]
-        outcomes = decompose_all([target.W for target in recompute]) if recompute else []
-        found = dict(zip((target.name for target in recompute), outcomes, strict=True))
-        changes = []
+        found = self._decompose(recompute, step, "it stays as it is")
+        failed = {target.name for target in recompute} - found.keys()
+        decisions = [decision for decision in decisions if decision.target.name not in failed]
+        changes = self._apply(decisions, found, step)
         for decision in decisions:
-            name, outcome = decision.target.name, found.get(decision.target.name)
-            if isinstance(outcome, str):
-                self._warn(step, name, f"decomposition failed ({outcome}); it stays as it is")
-                continue
-            changes.append(self._apply(decision, outcome, step))
-            self._remember(decision, monitor.extras(name))
+            self._remember(decision, monitor.extras(decision.target.name))
         monitor.set_ranks({t.name: t.r for t in self.targets.values() if t.r is not None})
-        for name, outcome in found.items():
-            if not isinstance(outcome, str):
-                monitor.install(name, outcome, step)
+        monitor.install(found, step)
         return self._report(changes)
 
-    def _report(self, changes: list[Change | None]) -> list[Change]:
-        """End of a decision: what really changed, logged."""
+    def _decompose(self, targets: list[Target], step: int, otherwise: str) -> dict[str, Decomposition]:
+        """All of them together; a warning that says what happens `otherwise` where it fails."""
+        found: dict[str, Decomposition] = {}
+        if not targets:
+            return found
+        for target, outcome in zip(targets, decompose_all([t.W for t in targets]), strict=True):
+            if isinstance(outcome, str):
+                self._warn(step, target.name, f"decomposition failed ({outcome}); {otherwise}")
+            else:
+                found[target.name] = outcome
+        return found
+
+    def _report(self, changes: list[Change]) -> list[Change]:
+        """End of a decision: what changed, logged."""
         self._interference.clear()
-        real = [change for change in changes if change is not None]
-        for change in real:
+        for change in changes:
             self._log(str(change))
-        return real
+        return changes
 
     def _has_finite_numbers(self, target: Target, step: int) -> bool:
         if target.W.grad is None:
@@ -345,7 +349,7 @@ class AdaptiveSVD:
     def _remember(self, decision: Decision, extras: Mapping[str, float] | None = None) -> None:
         target = decision.target
         target.r = decision.r
-        numbers = dataclasses.asdict(decision.measured)
+        numbers = dict(vars(decision.measured))  # not dataclasses.asdict, which copies deeply and takes a while
         del numbers["r_next"]
         target.metrics = {
             **{key: float(value) for key, value in numbers.items()}, **(extras or {}),
@@ -374,23 +378,16 @@ class AdaptiveSVD:
             use_lowrank = target.lowrank
         return use_lowrank, r_next, diagnostics
 
-    def _apply(self, decision: Decision, decomposition: Decomposition | None, step: int) -> Change | None:
-        """Bring the matrix into the decided mode and rank; None when neither changed."""
-        target, use_lowrank, r = decision.target, decision.use_lowrank, decision.r
-        before = target.num_free_directions
-        kind: ChangeKind = "rank" if target.lowrank == use_lowrank else ("to_lowrank" if use_lowrank else "to_full")
-        if kind == "to_full":
-            self._transitions.to_full(target)
-        elif kind == "to_lowrank":
-            self._transitions.to_lowrank(target, decomposition, r)
-        elif use_lowrank:
-            self._transitions.refactor(target, decomposition, r)
-        if kind == "rank" and before == target.num_free_directions:
-            return None
-        return Change(
-            name=target.name, kind=kind, r_old=before, r_new=target.num_free_directions,
-            reason=decision.diagnostics["reason"], step=step, diagnostics=decision.diagnostics,
-        )  # fmt: skip
+    def _apply(self, decisions: list[Decision], found: Mapping[str, Decomposition], step: int) -> list[Change]:
+        """Bring the matrices into the decided modes and ranks, all together; the changes of mode or rank."""
+        before = [(d.target.lowrank, d.target.num_free_directions) for d in decisions]
+        moves = (
+            Move(target=d.target, r=d.r if d.use_lowrank else None, decomposition=found.get(d.target.name))
+            for d in decisions
+        )
+        self._transitions.carry_out(list(moves))
+        changes = (change_made(d, *then, step) for d, then in zip(decisions, before, strict=True))
+        return [change for change in changes if change is not None]
 
     def _warn(self, step: int, name: str, message: str) -> None:
         logger.warning("step %d, %s: %s", step, name, message)

@@ -156,13 +156,17 @@ def singular_factors(decomposition: Decomposition, r: int, protect: str) -> tupl
     g = decomposition.S.numel()
     if not 1 <= r < g:
         raise ValueError(f"r must lie in [1, {g - 1}] for this matrix, got {r}")
-    columns = trained_columns(protect, g, r).to(decomposition.S.device)
+    columns = trained_columns(protect, g, r)
+    if isinstance(columns, Tensor):
+        columns = columns.to(decomposition.S.device)
     root = decomposition.S[columns].clamp_min(0).sqrt()
-    return decomposition.U[:, columns] * root, root[:, None] * decomposition.V[:, columns].T
+    B, A = (side[:, columns] * root for side in (decomposition.U, decomposition.V))
+    return B.contiguous(), A.contiguous().T
 
 
-def trained_columns(protect: str, g: int, r: int) -> Tensor:
-    """Which r of g singular directions are trained, as ascending indices (0 is the largest value).
+def trained_columns(protect: str, g: int, r: int) -> slice | Tensor:
+    """Which r of g singular directions are trained, as ascending indices (0 is the largest value): a slice, which needs
+    no copy to the device, where they lie side by side.
 
     minor: the last r (MiLoRA). principal: the first r (PiSSA, arXiv:2404.02948). middle: r around the centre. random: a
     fixed draw, the same at every call and nested in r (the control).
@@ -172,4 +176,4 @@ def trained_columns(protect: str, g: int, r: int) -> Tensor:
     first = {"minor": g - r, "principal": 0, "middle": (g - r) // 2}
     if protect not in first:
         raise ValueError(f"protect={protect!r} does not name a set of singular directions: {[*first, 'random']}")
-    return torch.arange(first[protect], first[protect] + r)
+    return slice(first[protect], first[protect] + r)

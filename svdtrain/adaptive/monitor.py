@@ -122,9 +122,9 @@ class Monitor:
         if cuts:
             self.tracker.set_cuts(cuts)
 
-    def install(self, name: str, decomposition: Decomposition, step: int) -> None:
-        """An exact decomposition was made anyway: track from there."""
-        self.tracker.install(name, decomposition, self._targets[name].W, step)
+    def install(self, decompositions: Mapping[str, Decomposition], step: int) -> None:
+        """Exact decompositions were made anyway: track from there."""
+        self.tracker.install(decompositions, {name: self._targets[name].W for name in decompositions}, step)
 
     # --- saving ---
 

@@ -28,6 +28,10 @@ def full_precision(device: torch.device) -> Iterator[None]:
             torch.set_float32_matmul_precision(previous)
         return
     before = [backend.fp32_precision for backend in backends]
+    inside = not torch.is_grad_enabled() and not torch.is_autocast_enabled(device.type)
+    if inside and all(precision == "ieee" for precision in before):  # entering again would cost more than the product
+        yield
+        return
     for backend in backends:
         backend.fp32_precision = "ieee"
     try:

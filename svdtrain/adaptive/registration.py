@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from svdtrain.adaptive.factors import FactoredWeight
-from svdtrain.adaptive.moments import UnknownState, state_from_factors, state_to_factors
+from svdtrain.adaptive.moments import State, UnknownState
 from svdtrain.adaptive.precision import full_precision
+from svdtrain.adaptive.stacks import states_between_factors, states_from_factors, states_to_factors
 from svdtrain.adaptive.update_rules import is_muon, muon_scale
 
 log = logging.getLogger(__name__)
@@ -19,22 +21,34 @@ log = logging.getLogger(__name__)
 Moments = Literal["map", "reset"]
 
 
+@dataclass(frozen=True, eq=False)
+class Refactored:
+    """A low-rank matrix whose B and A were recomputed, and what they were before."""
+
+    factors: FactoredWeight
+    old_B: Tensor
+    old_A: Tensor
+
+
 class Adapter(Protocol):
-    """How B and A are stepped. W and its state outside low-rank mode are always the host optimizer's."""
+    """How B and A are stepped. W and its state outside low-rank mode are always the host optimizer's.
+
+    Matrices that change together come together, so that their state is mapped in few launches.
+    """
 
     host_clears_gradients: bool
     """Whether `optimizer.zero_grad` still reaches the W of a low-rank matrix."""
 
-    def adopt(self, factors: FactoredWeight) -> None:
-        """W enters low-rank mode: B and A are trained from now on."""
+    def adopt(self, entering: Sequence[FactoredWeight]) -> None:
+        """These enter low-rank mode: their B and A are trained from now on."""
         ...
 
-    def refactored(self, factors: FactoredWeight, old_B: Tensor, old_A: Tensor) -> None:
-        """B and A were recomputed (old values given): carry their moments over."""
+    def refactored(self, changed: Sequence[Refactored]) -> None:
+        """Carry the moments of the old factors over to the new ones."""
         ...
 
-    def release(self, factors: FactoredWeight) -> None:
-        """W goes back to full mode."""
+    def release(self, leaving: Sequence[FactoredWeight]) -> None:
+        """These go back to full mode."""
         ...
 
     def restore(self, lowrank: list[FactoredWeight]) -> None:
@@ -87,24 +101,47 @@ class Reregister:
         self._lowrank: dict[int, FactoredWeight] = {}
         self._last_laid_out: list[FactoredWeight] = []
 
-    def adopt(self, factors: FactoredWeight) -> None:
-        """W leaves the optimizer with its state; B and A join with the mapped state (or none after `reset`)."""
-        state = self._optimizer.state.pop(factors.W, None)
-        self._give_state(factors, state or None)
-        self._lowrank[id(factors.W)] = factors
+    def adopt(self, entering: Sequence[FactoredWeight]) -> None:
+        """Each W leaves the optimizer with its state; B and A join with the mapped state (or none after `reset`)."""
+        if not entering:
+            return
+        states = [self._optimizer.state.pop(factors.W, None) for factors in entering]
+        if self._moments == "map":
+            with full_precision(entering[0].W.device):
+                self._give(entering, states_to_factors(states, [_values(factors) for factors in entering]))
+        self._lowrank |= {id(factors.W): factors for factors in entering}
         self._lay_out()
 
-    def refactored(self, factors: FactoredWeight, old_B: Tensor, old_A: Tensor) -> None:
+    def refactored(self, changed: Sequence[Refactored]) -> None:
         """Carry the moments from the old factors to the new ones, through their least-squares moment of W."""
-        self._give_state(factors, self._take_state(factors, old_B, old_A))
+        pairs = [self._take(one.factors) for one in changed]
+        known = [i for i, (state_B, state_A) in enumerate(pairs) if state_B and state_A]
+        if self._moments == "reset" or not known:
+            return
+        lowrank = [changed[i].factors for i in known]
+        old = [(changed[i].old_B, changed[i].old_A) for i in known]
+        with full_precision(lowrank[0].W.device):
+            new = [_values(factors) for factors in lowrank]
+            self._give(lowrank, states_between_factors([pairs[i] for i in known], old, new))
 
-    def release(self, factors: FactoredWeight) -> None:
+    def release(self, leaving: Sequence[FactoredWeight]) -> None:
         """B and A leave; W returns to its original place with moments by least squares (or none after `reset`)."""
-        state = self._take_state(factors, factors.B.detach(), factors.A.detach())
-        del self._lowrank[id(factors.W)]
+        if not leaving:
+            return
+        pairs = [self._take(factors) for factors in leaving]
+        for factors in leaving:
+            del self._lowrank[id(factors.W)]
         self._lay_out()
-        if state:
-            self._optimizer.state[factors.W] = state
+        known = [i for i, (state_B, state_A) in enumerate(pairs) if state_B and state_A]
+        if self._moments == "reset" or not known:
+            return
+        with full_precision(leaving[0].W.device):
+            states = states_from_factors([pairs[i] for i in known], [_values(leaving[i]) for i in known])
+        for i, state in zip(known, states, strict=True):
+            if isinstance(state, UnknownState):
+                _restarts(state)
+            else:
+                self._optimizer.state[leaving[i].W] = state
 
     def restore(self, lowrank: list[FactoredWeight]) -> None:
         """The layout for these low-rank matrices; `optimizer.load_state_dict` fits exactly afterwards."""
@@ -166,25 +203,25 @@ class Reregister:
                 names[id(factors.B)], names[id(factors.A)] = f"{self._names[key]}.B", f"{self._names[key]}.A"
         return names
 
-    def _give_state(self, factors: FactoredWeight, state: dict[str, Any] | None) -> None:
-        if self._moments == "reset" or not state:
-            return
-        try:
-            with full_precision(factors.W.device):
-                state_B, state_A = state_to_factors(state, factors.B.detach(), factors.A.detach())
-        except UnknownState as error:
-            log.warning("the optimizer state of one matrix restarts from zero: %s", error)
-            return
-        self._optimizer.state[factors.B], self._optimizer.state[factors.A] = state_B, state_A
+    def _give(self, lowrank: Sequence[FactoredWeight], outcomes: Sequence[tuple[State, State] | UnknownState]) -> None:
+        for factors, outcome in zip(lowrank, outcomes, strict=True):
+            if isinstance(outcome, UnknownState):
+                _restarts(outcome)
+            elif all(outcome):
+                self._optimizer.state[factors.B], self._optimizer.state[factors.A] = outcome
 
-    def _take_state(self, factors: FactoredWeight, B: Tensor, A: Tensor) -> dict[str, Any] | None:
-        """Remove the state of B and A and return what it means for W; B and A are the values it belongs to."""
-        state_B = self._optimizer.state.pop(factors.B, None)
-        state_A = self._optimizer.state.pop(factors.A, None)
-        if self._moments == "reset" or not state_B or not state_A:
-            return None
-        with full_precision(factors.W.device):
-            return state_from_factors(state_B, state_A, B, A)
+    def _take(self, factors: FactoredWeight) -> tuple[State, State]:
+        """Remove the state of B and A from the optimizer; empty where it has none."""
+        state = self._optimizer.state
+        return state.pop(factors.B, None) or {}, state.pop(factors.A, None) or {}
+
+
+def _values(factors: FactoredWeight) -> tuple[Tensor, Tensor]:
+    return factors.B.detach(), factors.A.detach()
+
+
+def _restarts(error: UnknownState) -> None:
+    log.warning("the optimizer state of one matrix restarts from zero: %s", error)
 
 
 def check_ownership(optimizer: torch.optim.Optimizer, targets: Mapping[str, nn.Parameter]) -> None:

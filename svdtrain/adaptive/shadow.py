@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from svdtrain.adaptive.factors import FactoredWeight
-from svdtrain.adaptive.moments import UnknownState, state_from_factors, state_to_factors
+from svdtrain.adaptive.moments import UnknownState
 from svdtrain.adaptive.precision import full_precision
-from svdtrain.adaptive.registration import Moments, check_ownership
+from svdtrain.adaptive.registration import Moments, Refactored, check_ownership
 from svdtrain.adaptive.sharded import whole
+from svdtrain.adaptive.stacks import states_between_factors, states_to_factors
 from svdtrain.adaptive.update_rules import State, rule_for
 
 log = logging.getLogger(__name__)
@@ -46,27 +47,28 @@ class Shadow:
         self._lowrank: dict[str, FactoredWeight] = {}
         self._state: dict[str, tuple[State, State]] = {}
 
-    def adopt(self, factors: FactoredWeight) -> None:
+    def adopt(self, entering: Sequence[FactoredWeight]) -> None:
         """Start from the host's moments of W, where it keeps them per parameter; else from none."""
-        name = self._names[id(factors.W)]
-        self._lowrank[name] = factors
-        self._state[name] = self._from_host(factors) or ({}, {})
+        self._lowrank |= {self._name(factors): factors for factors in entering}
+        for factors, state in zip(entering, self._from_host(entering), strict=True):
+            self._state[self._name(factors)] = state or ({}, {})
 
-    def refactored(self, factors: FactoredWeight, old_B: Tensor, old_A: Tensor) -> None:
+    def refactored(self, changed: Sequence[Refactored]) -> None:
         """Map the host's moments of W, which have seen every gradient, onto the new factors; where the host keeps them
         in a form of its own, carry the old factors' moments over through their least-squares moment of W."""
-        name = self._names[id(factors.W)]
-        state = self._from_host(factors)
-        if state is None and self._moments == "map" and all(self._state[name]):
-            with full_precision(factors.W.device):
-                whole = state_from_factors(*self._state[name], old_B, old_A)
-                state = state_to_factors(whole, factors.B.detach(), factors.A.detach())
-        self._state[name] = state or ({}, {})
+        own = []
+        for one, state in zip(changed, self._from_host([one.factors for one in changed]), strict=True):
+            name = self._name(one.factors)
+            if state is None and self._moments == "map" and all(self._state[name]):
+                own.append(one)
+            else:
+                self._state[name] = state or ({}, {})
+        self._carry_over(own)
 
-    def release(self, factors: FactoredWeight) -> None:
+    def release(self, leaving: Sequence[FactoredWeight]) -> None:
         """The host goes on with W and the moments that it has kept."""
-        name = self._names[id(factors.W)]
-        del self._lowrank[name], self._state[name]
+        for factors in leaving:
+            del self._lowrank[self._name(factors)], self._state[self._name(factors)]
 
     def restore(self, lowrank: list[FactoredWeight]) -> None:
         """These matrices are low-rank; their state comes with `load_state_dict`."""
@@ -100,21 +102,44 @@ class Shadow:
             raise ValueError("no moments of B and A in this state: it was saved with another svd_adapter; use that one")
         self._state = {name: (_own(parts["B"]), _own(parts["A"])) for name, parts in state.items()}
 
-    def _from_host(self, factors: FactoredWeight) -> tuple[State, State] | None:
-        """The host's state of W mapped to the factors; None where there is none to map."""
-        owned = self._owned[id(factors.W)]
-        host_state = self._optimizer.state.get(owned) if self._moments == "map" else None
-        if not host_state:
+    def _name(self, factors: FactoredWeight) -> str:
+        return self._names[id(factors.W)]
+
+    def _from_host(self, lowrank: Sequence[FactoredWeight]) -> list[tuple[State, State] | None]:
+        """The host's state of each W mapped to the factors; None where there is none to map."""
+        if not lowrank or self._moments == "reset":
+            return [None] * len(lowrank)
+        groups = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
+        states = [self._used_host_state(self._owned[id(factors.W)], groups) for factors in lowrank]
+        with full_precision(lowrank[0].W.device):
+            outcomes = states_to_factors(states, [(factors.B.detach(), factors.A.detach()) for factors in lowrank])
+        found: list[tuple[State, State] | None] = []
+        for state, outcome in zip(states, outcomes, strict=True):
+            if isinstance(outcome, UnknownState):
+                log.info("the host keeps its state in a form of its own: %s", outcome)
+            found.append(None if state is None or isinstance(outcome, UnknownState) else outcome)
+        return found
+
+    def _used_host_state(self, owned: nn.Parameter, groups: Mapping[int, dict[str, Any]]) -> State | None:
+        """What the host has for this parameter and the rule for B and A uses; None where it has nothing."""
+        state = self._optimizer.state.get(owned)
+        if not state:
             return None
-        group = next(g for g in self._optimizer.param_groups if any(p is owned for p in g["params"]))
-        _, keys = rule_for(group, self._optimizer)
-        used = {key: whole(value) for key, value in host_state.items() if key in keys}
-        try:
-            with full_precision(factors.W.device):
-                return state_to_factors(used, factors.B.detach(), factors.A.detach())
-        except UnknownState as error:
-            log.info("the host keeps its state in a form of its own: %s", error)
-            return None
+        _, keys = rule_for(groups[id(owned)], self._optimizer)
+        return {key: whole(value) for key, value in state.items() if key in keys}
+
+    def _carry_over(self, changed: Sequence[Refactored]) -> None:
+        """From the old factors' own moments."""
+        if not changed:
+            return
+        pairs = [self._state[self._name(one.factors)] for one in changed]
+        old = [(one.old_B, one.old_A) for one in changed]
+        new = [(one.factors.B.detach(), one.factors.A.detach()) for one in changed]
+        with full_precision(changed[0].factors.W.device):
+            outcomes = states_between_factors(pairs, old, new)
+        for one, outcome in zip(changed, outcomes, strict=True):
+            assert not isinstance(outcome, UnknownState), "this state is our own rule's"
+            self._state[self._name(one.factors)] = outcome
 
 
 def _own(state: Mapping[str, Any]) -> State:

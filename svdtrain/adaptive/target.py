@@ -105,6 +105,20 @@ class Decision:
     diagnostics: dict[str, Any]
 
 
+def change_made(decision: Decision, was_lowrank: bool, r_old: int, step: int) -> Change | None:
+    """What a decision that was carried out has changed of the mode and rank before it; None: neither."""
+    r_new = decision.target.num_free_directions
+    kind: ChangeKind = "to_lowrank" if decision.use_lowrank else "to_full"
+    if was_lowrank == decision.use_lowrank:
+        if r_old == r_new:
+            return None
+        kind = "rank"
+    return Change(
+        name=decision.target.name, kind=kind, r_old=r_old, r_new=r_new,
+        reason=decision.diagnostics["reason"], step=step, diagnostics=decision.diagnostics,
+    )  # fmt: skip
+
+
 def totals(targets: Collection[Target]) -> dict[str, Any]:
     """Counts over all matrices; see `AdaptiveSVD.summary`."""
     lowrank = {t.name: t.form for t in targets if t.form is not None}

@@ -1,20 +1,33 @@
-"""Moving one matrix between full and low-rank mode, with its optimizer state."""
+"""Moving matrices between full and low-rank mode, with their optimizer state."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from svdtrain.adaptive.factors import FactoredWeight
 from svdtrain.adaptive.guard import UpdateGuard
-from svdtrain.adaptive.registration import Adapter
+from svdtrain.adaptive.precision import full_precision
+from svdtrain.adaptive.registration import Adapter, Refactored
 from svdtrain.adaptive.target import Target
 from svdtrain.config import SVDConfig
 from svdtrain.spectral.decompose import Decomposition
 
 logger = logging.getLogger(__name__)
 GUARDED = frozenset({"core", "activation"})
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Move:
+    """Where one matrix goes: to full mode (r None), or into low-rank mode at rank r, or to a new rank there."""
+
+    target: Target
+    r: int | None
+    decomposition: Decomposition | None = None
+    """Of the current W; wanted for an r wherever `Transitions.needs_decomposition`."""
 
 
 class Transitions:
@@ -42,53 +55,77 @@ class Transitions:
         """False: protect=activation, which looks at the inputs and not at W."""
         return self._config.svd_protect != "activation"
 
-    def to_lowrank(self, target: Target, decomposition: Decomposition | None, r: int) -> None:
-        """Full -> low-rank. The switching step has been taken; the next one trains in part only."""
-        protect = self._config.svd_protect
-        if protect == "activation":
-            target.guard = self._activation_guard(target)
-            _switched(target)
-            _log_counts("after the switch to low-rank", target)
+    def carry_out(self, moves: Sequence[Move]) -> None:
+        """All moves of one decision; matrices that go the same way go together. Full to full is no move."""
+        if not moves:
             return
-        assert decomposition is not None
-        if protect == "core":
-            target.guard = UpdateGuard.core(target.W, decomposition, r)
-        else:
-            target.factors = FactoredWeight.split(target.W, decomposition, r, protect)
-            self._adapter.adopt(target.factors)
-        _switched(target)
-        _log_counts("after the switch to low-rank", target)
+        with full_precision(moves[0].target.W.device):
+            self._to_full([move.target for move in moves if move.r is None and move.target.lowrank])
+            lowrank = [move for move in moves if move.r is not None]
+            staying = [move for move in lowrank if move.target.lowrank]
+            self._to_lowrank([move for move in lowrank if not move.target.lowrank])
+            self._refactor(staying)
 
     def guard_inputs(self, target: Target) -> None:
         """Any mode -> guarded by the inputs' covariance, whatever `svd_protect` is."""
         guard = self._activation_guard(target)
         if target.lowrank:
-            self.to_full(target)
+            self._to_full([target])
         target.guard = guard
         _switched(target)
         _log_counts("after its inputs were protected", target)
 
-    def refactor(self, target: Target, decomposition: Decomposition | None, r: int) -> None:
-        """Recompute everything from the current W at rank r."""
+    def _to_lowrank(self, moves: Sequence[Move]) -> None:
+        """Full -> low-rank. The switching step has been taken; the next one trains in part only."""
+        forms = [self._form(move) for move in moves]  # all of them before any target changes
+        for move, form in zip(moves, forms, strict=True):
+            if isinstance(form, FactoredWeight):
+                move.target.factors = form
+            else:
+                move.target.guard = form
+        self._adapter.adopt([form for form in forms if isinstance(form, FactoredWeight)])
+        for move in moves:
+            _switched(move.target)
+            _log_counts("after the switch to low-rank", move.target)
+
+    def _form(self, move: Move) -> FactoredWeight | UpdateGuard:
+        """What low-rank mode consists of for this matrix. Raises ValueError for an r outside [1, min(m, n))."""
+        W, decomposition, protect = move.target.W, move.decomposition, self._config.svd_protect
+        if protect == "activation":
+            return self._activation_guard(move.target)
+        assert decomposition is not None
+        assert move.r is not None
+        if protect == "core":
+            return UpdateGuard.core(W, decomposition, move.r)
+        return FactoredWeight.split(W, decomposition, move.r, protect)
+
+    def _refactor(self, moves: Sequence[Move]) -> None:
+        """Recompute everything from the current W."""
         if not self.needs_decomposition:
             return
-        assert decomposition is not None
-        _log_counts("before refactoring", target)
-        if target.factors is not None:
-            old_B, old_A = target.factors.B.data, target.factors.A.data
-            target.factors.refactor(decomposition, r, self._config.svd_protect)
-            self._adapter.refactored(target.factors, old_B, old_A)
-        elif self._config.svd_protect == "core":
-            target.guard = UpdateGuard.core(target.W, decomposition, r)
-        _log_counts("after refactoring", target)
+        changed = []
+        for move in moves:
+            target, factors, decomposition = move.target, move.target.factors, move.decomposition
+            assert decomposition is not None
+            assert move.r is not None
+            _log_counts("before refactoring", target)
+            if factors is not None:
+                changed.append(Refactored(factors, factors.B.data, factors.A.data))
+                factors.refactor(decomposition, move.r, self._config.svd_protect)
+            elif self._config.svd_protect == "core":
+                target.guard = UpdateGuard.core(target.W, decomposition, move.r)
+        self._adapter.refactored(changed)
+        for move in moves:
+            _log_counts("after refactoring", move.target)
 
-    def to_full(self, target: Target) -> None:
+    def _to_full(self, targets: Sequence[Target]) -> None:
         """Low-rank -> full."""
-        _log_counts("before the switch to full", target)
-        if target.factors is not None:
-            self._adapter.release(target.factors)
-        target.factors = target.guard = None
-        _switched(target)
+        for target in targets:
+            _log_counts("before the switch to full", target)
+        self._adapter.release([target.factors for target in targets if target.factors is not None])
+        for target in targets:
+            target.factors = target.guard = None
+            _switched(target)
 
     def _activation_guard(self, target: Target) -> UpdateGuard:
         config = self._config

@@ -119,7 +119,7 @@ def _analyse(part: Part, rows: list[int], skipped: bool, job: Job) -> dict[str, 
         new, exact, ok, residual = _exact_rows(part, rows, new, ok, residual)
     dW = W - _take(part.reference, rows).to(dtype)
     quality = {
-        "ok": ok.float(), "exact": exact.to(W.device).float(), "skipped": float(skipped),
+        "ok": ok.float(), "exact": _flags(exact, W.device), "skipped": float(skipped),
         "residual": residual, "staleness": staleness,
     }  # fmt: skip
     table = slow_statistics(work, new, dW, norm, _take(part.cut, rows), part.max_cut, quality).tolist()
@@ -133,6 +133,13 @@ def _analyse(part: Part, rows: list[int], skipped: bool, job: Job) -> dict[str, 
         )
         for j, i in enumerate(rows)
     }  # fmt: skip
+
+
+def _flags(values: Tensor, device: torch.device) -> Tensor | float:
+    """Flags that are on the host, for the device's table; one number where they agree, which needs no copy."""
+    if values.all() or not values.any():
+        return float(values[0])
+    return values.to(device).float()
 
 
 def _work_dtype(S: Tensor) -> torch.dtype:
@@ -162,10 +169,8 @@ def _iterate(
 ) -> tuple[Basis, Tensor, Tensor, Tensor]:
     """Warm step of the rows that are not exact; the others pass through with ok = False."""
     warm = [j for j, i in enumerate(rows) if not part.exact[i]]
-    zero = torch.zeros(len(rows), dtype=W.dtype, device=W.device)
-    residual, staleness, ok = zero.clone(), zero.clone(), zero.bool()
     if not warm:
-        return old, residual, staleness, ok
+        return old, *_nothing_known(W)
     base = _pick(old, warm)
     cut = _take(part.cut, [rows[j] for j in warm])
     result = warm_steps(
@@ -175,11 +180,18 @@ def _iterate(
     spectrum = updated_spectrum(result.S, base.spectrum, _take(norm, warm))
     if len(warm) == len(rows):
         return Basis(result.U, result.S, result.V, spectrum), result.residual, result.staleness, result.ok
+    residual, staleness, ok = _nothing_known(W)
     residual[warm], staleness[warm], ok[warm] = result.residual, result.staleness, result.ok
     merged = [t.clone() for t in (old.U, old.S, old.V, old.spectrum)]
     for target, source in zip(merged, (result.U, result.S, result.V, spectrum), strict=True):
         target[warm] = source
     return Basis(*merged), residual, staleness, ok
+
+
+def _nothing_known(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """residual, staleness and ok of matrices that took no warm step."""
+    zero = W.new_zeros(W.shape[0])
+    return zero, zero.clone(), zero.bool()
 
 
 def _ritz_way(way: RitzWay | Literal["auto"], S: Tensor) -> RitzWay:

@@ -96,7 +96,7 @@ def participation_of(X: Tensor, total: Tensor) -> Tensor:
     X and total = ||X||_F^2 as `in_range` gives them.
     """
     gram = X @ X.mT if X.shape[-2] <= X.shape[-1] else X.mT @ X
-    return safe_ratio(total, squared_norm(gram).sqrt()).square()
+    return safe_ratio(total, torch.linalg.vector_norm(gram, dim=(-2, -1), dtype=total.dtype)).square()
 
 
 def fast_values(row: list[float], m: int, n: int, k: int) -> dict[str, float]:
@@ -157,9 +157,10 @@ def updated_spectrum(S: Tensor, old_spectrum: Tensor, norm: Tensor) -> Tensor:
         return S
     strongest = S[:, :1].clamp_min(torch.finfo(S.dtype).tiny)
     tail = old_spectrum[:, tracked:] / strongest
-    left_over = (norm / strongest[:, 0]).square() - (S / strongest).double().square().sum(-1)
+    relative = S / strongest
+    left_over = (norm / strongest[:, 0]).square() - relative.double().square().sum(-1)
     factor = safe_ratio(left_over.clamp_min(0), tail.double().square().sum(-1)).sqrt().to(S.dtype)
-    tail = torch.minimum(tail * factor.unsqueeze(-1), S[:, -1:] / strongest)
+    tail = torch.minimum(tail * factor.unsqueeze(-1), relative[:, -1:])
     return torch.cat([S, tail * strongest], dim=-1)
 
 
@@ -173,44 +174,57 @@ def slow_statistics(
     """
     m, n = dW.shape[-2:]
     width = max(1, max_cut)
-    mask = (torch.arange(width, device=dW.device) < cut.unsqueeze(-1)).to(dW.dtype)
+    principal = torch.arange(width, device=dW.device) < cut.unsqueeze(-1)
+    mask = principal.to(dW.dtype)
     before, after = old.U[..., :width] * mask.unsqueeze(-2), new.U[..., :width] * mask.unsqueeze(-2)
     R = projection_residual(before, after)
     sin_squared = squared_norm(R)
     angle = largest_eigenvalue_bound(R.mT @ R).clamp(0, 1).sqrt().asin()
     moved = frobenius_norm(dW)
-    strongest = new.spectrum[:, 0].double().clamp_min(torch.finfo(dW.dtype).tiny)
+    spectrum = new.spectrum.double()  # once, not in each of its metrics
+    strongest = spectrum[:, 0].clamp_min(torch.finfo(dW.dtype).tiny)
     # In units of s_1: the square of a tiny update would vanish in float32.
     tau_squared = (moved / strongest).square() / (m * n)
     expected = null.rotation_null(old.spectrum / strongest[:, None].to(dW.dtype), cut, tau_squared, m, max_k=width)
-    intruders = (null.intruder_directions(old.U, after, width) & mask.bool()).sum(-1)
-    edge, threshold = null.signal_rank(new.spectrum, m, n)
+    intruders = (null.intruder_directions(old.U, after, width) & principal).sum(-1)
+    edge, threshold = null.signal_rank(spectrum, m, n)
     update_ratio = safe_ratio(moved, norm)
     # A matrix that did not move did not rotate: what is left is the last basis converging.
-    rho = torch.where(update_ratio > _UNMOVED, null.rotation_ratio(sin_squared, expected), torch.ones_like(expected))
+    rho = torch.where(update_ratio > _UNMOVED, null.rotation_ratio(sin_squared, expected), 1.0)
     update_share, update_participation = _update_evidence(dW, after, moved)
     columns = {
         **quality,
         "angle": angle, "sin_squared": sin_squared, "expected": expected,
         "rho": rho, "gap": _gap_at(new.spectrum, cut), "update_ratio": update_ratio,
-        "stable_rank": stable_rank(new.spectrum), "entropy_rank": entropy_rank(new.spectrum),
-        "participation_rank": participation_ratio(new.spectrum),
-        "concentration_90": directions_for_energy(new.spectrum, 0.9) / new.spectrum.shape[-1],
+        "stable_rank": stable_rank(spectrum), "entropy_rank": entropy_rank(spectrum),
+        "participation_rank": participation_ratio(spectrum),
+        "concentration_90": directions_for_energy(spectrum, 0.9) / spectrum.shape[-1],
         "intruders": intruders, "edge_rank": edge, "threshold_rank": threshold,
         "update_share": update_share, "update_participation": update_participation,
     }  # fmt: skip
     rows = dW.shape[0]
     # new_full, not a tensor made on the host: that one would have to be waited for.
-    tensors = [
-        c if isinstance(c, Tensor) else dW.new_full((rows,), c) for c in (columns[name] for name in SLOW_COLUMNS)
-    ]
-    return torch.stack([column.float() for column in tensors], dim=-1)
+    ordered = (columns[name] for name in SLOW_COLUMNS)
+    return _table([c if isinstance(c, Tensor) else dW.new_full((rows,), c) for c in ordered])
+
+
+def _table(columns: list[Tensor]) -> Tensor:
+    """Columns [b] side by side in float32, [b, columns]: one conversion for each type, not for each column."""
+    by_type: dict[torch.dtype, list[int]] = {}
+    for position, column in enumerate(columns):
+        by_type.setdefault(column.dtype, []).append(position)
+    parts: dict[int, Tensor] = {}
+    for positions in by_type.values():
+        stacked = torch.stack([columns[position] for position in positions], dim=-1).float()
+        parts |= dict(zip(positions, stacked.split(1, dim=-1), strict=True))
+    return torch.cat([parts[position] for position in range(len(columns))], dim=-1)
 
 
 def _update_evidence(dW: Tensor, U_k: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
     """Principal share of the update against the new basis, and its participation ratio (tensor cores on a GPU)."""
     unit = moved.clamp_min(torch.finfo(dW.dtype).tiny).to(dW.dtype)[:, None, None]
-    X = (dW / unit).to(torch.bfloat16 if dW.is_cuda else dW.dtype)
+    X = torch.empty_like(dW, dtype=torch.bfloat16 if dW.is_cuda else dW.dtype)
+    torch.div(dW, unit, out=X)  # rounds as it writes: no float32 copy of all matrices in between
     total = squared_norm(X)
     return safe_ratio(squared_norm(U_k.to(X.dtype).mT @ X), total), participation_of(X, total)
 
@@ -220,9 +234,9 @@ def _gap_at(spectrum: Tensor, cut: Tensor) -> Tensor:
     g = spectrum.shape[-1]
     k = cut.clamp(1, max(g - 1, 1)).unsqueeze(-1)
     above = spectrum.gather(-1, k - 1)
-    below = spectrum.gather(-1, k.clamp_max(g - 1))
+    below = spectrum.gather(-1, k if g > 1 else k - 1)
     gap = safe_ratio((above - below)[:, 0], spectrum[:, 0])
-    return torch.where((cut > 0) & (cut < g), gap, torch.zeros_like(gap))
+    return torch.where((cut > 0) & (cut < g), gap, 0.0)
 
 
 def slow_values(row: list[float], first: bool, m: int, k: int) -> dict[str, float]:

@@ -72,16 +72,18 @@ def largest_eigenvalue_bound(M: Tensor, squarings: int = _SQUARINGS) -> Tensor:
 
 
 def _trace_power_bound(M: Tensor, squarings: int) -> Tensor:
-    log_scale = torch.zeros(M.shape[:-2], dtype=M.dtype, device=M.device)
     tiny = torch.finfo(M.dtype).tiny
-    for done in range(squarings):
-        if done % _SQUARINGS_PER_SCALING == 0:  # keeps the powers inside the number range
-            trace = M.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(tiny)
-            log_scale = log_scale + trace.log() / 2**done
-            M = M / trace[..., None, None]
-        M = M @ M
     trace = M.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(tiny)
-    return (log_scale + trace.log() / 2**squarings).exp()
+    log_scale = trace.log()
+    M = M / trace[..., None, None]
+    for done in range(1, squarings + 1):
+        M = M @ M
+        last = done == squarings
+        if last or done % _SQUARINGS_PER_SCALING == 0:  # keeps the powers inside the number range
+            trace = M.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(tiny)
+            log_scale = torch.add(log_scale, trace.log(), alpha=0.5**done)
+            M = M if last else M / trace[..., None, None]
+    return log_scale.exp()
 
 
 def sin_theta_squared(U1: Tensor, U2: Tensor) -> Tensor:
@@ -104,7 +106,7 @@ def directions_for_energy(S: Tensor, share: float) -> Tensor:
     cumulative = S.double().square().cumsum(-1)
     total = cumulative[..., -1:]
     below = (cumulative < share * total * (1 - 1e-12)).sum(-1)  # tolerate the rounding of the cumulative sum
-    return torch.where(total[..., 0] > 0, below + 1, torch.zeros_like(below))
+    return (below + 1).mul_(total[..., 0] > 0)
 
 
 def singular_value_concentration(S: Tensor, percentile: float) -> Tensor:
@@ -128,7 +130,7 @@ def entropy_rank(S: Tensor) -> Tensor:
     S = S.double()
     total = S.sum(-1)
     p = safe_ratio(S, total.unsqueeze(-1).expand_as(S))
-    return torch.where(total > 0, torch.special.entr(p).sum(-1).exp(), torch.zeros_like(total))
+    return torch.where(total > 0, torch.special.entr(p).sum(-1).exp(), 0.0)
 
 
 def participation_ratio(S: Tensor) -> Tensor:

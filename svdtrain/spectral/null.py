@@ -96,13 +96,17 @@ def rotation_null(S: Tensor, k: Tensor | int, tau_squared: Tensor, m: int, max_k
     tau = (tau_squared.to(S.dtype)[..., None, None] / scale.unsqueeze(-1)).div(scale.unsqueeze(-1))
     top = energy[..., :limit, None]
     total, difference = top + energy[..., None, :], top - energy[..., None, :]
-    terms = safe_ratio(tau * total, difference.square() + tau * total)
+    spread = tau * total
+    terms = safe_ratio(spread, difference.square() + spread)
     index = torch.arange(g, device=S.device)
     pairs = (index[:limit, None] < cut[..., None]) & (index >= cut[..., None])
-    outside = (m - g) * safe_ratio(tau * top, top.square() + tau * top)[..., 0]
-    inside = (terms * pairs).sum((-2, -1)) + (outside * (index[:limit] < cut)).sum(-1)
+    expected = (terms * pairs).sum((-2, -1))
+    if m > g:  # otherwise no direction lies outside
+        spread = tau * top
+        outside = (m - g) * safe_ratio(spread, top.square() + spread)[..., 0]
+        expected = expected + (outside * (index[:limit] < cut)).sum(-1)
     unrelated = cut[..., 0] * (1 - cut[..., 0] / m)
-    return torch.minimum(inside, unrelated.to(inside.dtype))
+    return torch.minimum(expected, unrelated.to(expected.dtype))
 
 
 def rotation_ratio(sin_squared: Tensor, expected: Tensor) -> Tensor:

@@ -131,8 +131,9 @@ class BasisStore:
         """Whether the basis is so wide that iterating saves nothing over the exact decomposition."""
         return self.where[name][0].width > self._widest_share * min(self.shapes[name])
 
-    def write(self, name: str, basis: Basis, weight: Tensor) -> None:
-        """Store one row (tensors without a batch dimension; wider bases are cut) and its reference weight."""
+    def write(self, name: str, basis: Basis, weight: Tensor) -> bool:
+        """Store one row (tensors without a batch dimension; wider bases are cut) and its reference weight. True: more
+        or fewer of its columns are filled than before, and `refresh_masks` must follow."""
         bucket, i = self.where[name]
         width = bucket.width
         bucket.U[i].copy_(basis.U[:, :width])
@@ -142,9 +143,8 @@ class BasisStore:
         bucket.reference[i].copy_(weight)
         bucket.changed()
         row = self.rows[name]
-        row.valid, grown, row.filled = True, row.filled != width, width
-        if grown:
-            self.refresh_masks()
+        row.valid, differs, row.filled = True, row.filled != width, width
+        return differs
 
     def nbytes(self) -> dict[str, int]:
         """Bytes held: bases, their principal parts as the fast lane wants them, spectra, references."""

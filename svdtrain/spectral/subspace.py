@@ -60,15 +60,16 @@ class WarmStep:
 # --- orthonormal bases ------------------------------------------------------------------------------------------------
 
 
-def cholesky_qr2(Y: Tensor) -> tuple[Tensor, Tensor]:
+def cholesky_qr2(Y: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Orthonormal basis of the columns of Y [..., m, l], in their order, and ok [...]: Cholesky-QR, twice.
 
     Columns are scaled to unit length first, so a graded but nearly orthogonal Y (what a warm iteration gives) is well
     conditioned. Where Cholesky fails ok is False and the columns are meaningless; where Y is not finite they are not
-    either.
+    either. `lengths` [..., l]: of the columns, where they are known.
     """
-    lengths = torch.linalg.vector_norm(Y, dim=-2, keepdim=True)
-    Q = Y / lengths.clamp_min(torch.finfo(Y.dtype).tiny)
+    if lengths is None:
+        lengths = torch.linalg.vector_norm(Y, dim=-2)
+    Q = Y / lengths.unsqueeze(-2).clamp_min(torch.finfo(Y.dtype).tiny)
     identity = torch.eye(Y.shape[-1], dtype=Y.dtype, device=Y.device)
     Q, first = _cholesky_pass(Q, identity)
     Q, second = _cholesky_pass(Q, identity)
@@ -128,16 +129,16 @@ def _refined(H: Tensor, sweeps: int, blocks: bool) -> Tensor:
 
 
 def _pair_rotation(H: Tensor, identity: Tensor) -> Tensor:
-    """Orthogonal I + X + ..., X the Jacobi angles of all pairs at once, damped to spectral norm below 1/2."""
+    """Orthogonal I + X + ..., X the Jacobi angles of all pairs at once, damped to spectral norm below 1/2. Works on
+    twice the angles and halves them where they are added."""
     diagonal = H.diagonal(dim1=-2, dim2=-1)
     difference = diagonal.unsqueeze(-2) - diagonal.unsqueeze(-1)  # [i, j] = h_j - h_i
     # The angle that zeroes entry (i, j), in (-pi/4, pi/4]: pairs with equal values turn by 45 degrees at most.
-    angle = 0.5 * torch.atan2(2 * H, difference.abs()).copysign(difference * H)
-    X = angle.triu(1)
-    X = X - X.mT
+    twice = torch.atan2(2 * H, difference.abs()).copysign(difference * H).triu(1)
+    twice = twice - twice.mT
     # ||X||_2 <= max row sum; the damping makes crowded clusters turn slowly instead of wildly.
-    row_sum = X.abs().sum(-1).amax(-1)
-    return _orthogonalise(identity + X * (0.5 / row_sum.clamp_min(0.5))[..., None, None])
+    row_sum = twice.abs().sum(-1).amax(-1)
+    return _orthogonalise(torch.addcdiv(identity, twice, row_sum.clamp_min(1)[..., None, None], value=0.5))
 
 
 def _orthogonalise(Q: Tensor) -> Tensor:
@@ -184,12 +185,12 @@ def warm_step(
     Z = Z @ P
     values = torch.linalg.vector_norm(Z, dim=-2)
     values, order = values.sort(dim=-1, descending=True, stable=True)
-    index = order.unsqueeze(-2)
-    P, Z = torch.take_along_dim(P, index, -1), torch.take_along_dim(Z, index, -1)
+    # gather, not take_along_dim, which looks for negative indices first.
+    P, Z = (X.gather(-1, order.unsqueeze(-2).expand_as(X)) for X in (P, Z))
     new_U = Q @ P
-    new_V, ok_right = cholesky_qr2(Z)
+    new_V, ok_right = cholesky_qr2(Z, values)
     new_U, new_V = _keep_signs(new_U, new_V, U)
-    ok = ok_left & ok_right & torch.isfinite(values).all(-1)
+    ok = ok_left & ok_right & (values < math.inf).all(-1)  # a length is not negative, and NaN is less than nothing
     keep = ok[:, None, None]
     new_U, new_V = torch.where(keep, new_U, U), torch.where(keep, new_V, V)
     values = torch.where(ok[:, None], values, S)
@@ -275,9 +276,9 @@ def _column_mask(S: Tensor, cut: Tensor | None) -> Tensor:
 
 def _relative_residual(WV: Tensor, U: Tensor, S: Tensor, mask: Tensor) -> Tensor:
     """||W V - U S||_F over the masked columns, relative to ||S||_2 of the same columns; 0 where none."""
-    difference = torch.linalg.vector_norm(WV - U * S.unsqueeze(-2), dim=-2)
-    numerator = torch.linalg.vector_norm(difference * mask, dim=-1)
-    return safe_ratio(numerator, torch.linalg.vector_norm(S * mask, dim=-1))
+    difference = torch.linalg.vector_norm(torch.addcmul(WV, U, S.unsqueeze(-2), value=-1), dim=-2)
+    numerator, size = torch.linalg.vector_norm(torch.stack([difference, S]) * mask, dim=-1).unbind()
+    return safe_ratio(numerator, size)
 
 
 def _keep_signs(U: Tensor, V: Tensor, U_old: Tensor) -> tuple[Tensor, Tensor]:

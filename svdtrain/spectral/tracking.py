@@ -34,7 +34,7 @@ from svdtrain.spectral.lanes import FAST_COLUMNS, SLOW_COLUMNS, Basis, fast_valu
 from svdtrain.spectral.sharding import own_part, share_rows
 from svdtrain.spectral.store import BasisStore, Bucket
 from svdtrain.spectral.subspace import RitzWay
-from svdtrain.spectral.transfer import HostQueue, Report
+from svdtrain.spectral.transfer import HostQueue, Report, to_host
 
 log = logging.getLogger(__name__)
 
@@ -252,14 +252,18 @@ class SubspaceTracker:
         self.settle()
         self._store.set_cuts(cuts)
 
-    def install(self, name: str, decomposition: Decomposition, weight: Tensor, step: int) -> None:
-        """Adopt an exact full decomposition made elsewhere (at a switch) as this matrix's basis and reference."""
+    def install(self, decompositions: Mapping[str, Decomposition], weights: Mapping[str, Tensor], step: int) -> None:
+        """Adopt exact full decompositions made elsewhere (at a switch) as these matrices' bases and references."""
         self.settle()
-        basis = Basis(decomposition.U, decomposition.S, decomposition.V, decomposition.S)
-        self._store.write(name, basis, weight.detach())
-        row = self._store.rows[name]
-        row.age, row.analysed_at, row.exact_next = 0, step, False
-        row.host_spectrum = decomposition.S.float().cpu()
+        spectra = to_host({name: found.S.float() for name, found in decompositions.items()})
+        differs = False
+        for name, found in decompositions.items():
+            differs |= self._store.write(name, Basis(found.U, found.S, found.V, found.S), weights[name].detach())
+            row = self._store.rows[name]
+            row.age, row.analysed_at, row.exact_next = 0, step, False
+            row.host_spectrum = spectra[name]
+        if differs:
+            self._store.refresh_masks()
 
     def memory_bytes(self) -> dict[str, int]:
         """Bytes held per kind: bases, their principal part as the fast lane wants it, spectra, references, scratch."""
@@ -344,7 +348,8 @@ class SubspaceTracker:
             return
         row.host_spectrum = result.host_spectrum
         with torch.no_grad():
-            self._store.write(name, result.basis, result.weight)
+            if self._store.write(name, result.basis, result.weight):
+                self._store.refresh_masks()
         if result.exact:
             # Ages start staggered, so that the exact ones do not all fall on the same round.
             row.age = row.index % self.settings.exact_every if result.first else 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,3 +85,11 @@ class HostQueue:
         if flight.event is not None:
             self._free[flight.buffer.shape].append(flight.buffer)
         self._done.append(Report("fast", flight.step, flight.finish(rows)))
+
+
+def to_host(vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Vectors of one type and device on the host, each with memory of its own; waits once, not once each."""
+    if not vectors:
+        return {}
+    parts = torch.cat(list(vectors.values())).cpu().split([vector.numel() for vector in vectors.values()])
+    return {name: part.clone() for name, part in zip(vectors, parts, strict=True)}

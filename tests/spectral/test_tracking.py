@@ -391,7 +391,7 @@ def test_install_at_a_switch() -> None:
     tracker.analyse(0, weights)
     after = moved(weights, 3, 0.1)
     exact = decompose(after["q"])
-    tracker.install("q", exact, after["q"], step=5)
+    tracker.install({"q": exact}, after, step=5)
     torch.testing.assert_close(tracker.basis("q").U, exact.U[:, : tracker.basis("q").g], rtol=0, atol=0)
     tracker.observe(6, after)
     assert tracker.poll()[-1].values["q"] == {"update/finite": 1.0, "update/norm": 0.0}
