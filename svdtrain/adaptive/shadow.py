@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,13 +36,17 @@ class Shadow:
         targets: Mapping[str, nn.Parameter],
         moments: Moments,
         owned: Mapping[str, nn.Parameter] | None = None,
+        *,
+        everywhere: Callable[[list[bool]], list[bool]] = list,
     ) -> None:
         """`owned`: what the optimizer has in the place of each target, where that is not the target itself (shards).
+        `everywhere`: which of some things hold on every rank; every rank asks at the same changes.
         Raises ValueError when a target is not in the optimizer."""
         check_ownership(optimizer, owned or targets)
         self._owned = {id(W): (owned or targets)[name] for name, W in targets.items()}
         self._optimizer = optimizer
         self._moments: Moments = moments
+        self._everywhere = everywhere
         self._names = {id(W): name for name, W in targets.items()}
         self._lowrank: dict[str, FactoredWeight] = {}
         self._state: dict[str, tuple[State, State]] = {}
@@ -106,11 +110,14 @@ class Shadow:
         return self._names[id(factors.W)]
 
     def _from_host(self, lowrank: Sequence[FactoredWeight]) -> list[tuple[State, State] | None]:
-        """The host's state of each W mapped to the factors; None where there is none to map."""
+        """The host's state of each W mapped to the factors; None where there is none to map, on this rank or on another: a
+        host that deals its matrices out has the state of each on one rank only, and B and A must stay equal on all."""
         if not lowrank or self._moments == "reset":
             return [None] * len(lowrank)
         groups = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
-        states = [self._used_host_state(self._owned[id(factors.W)], groups) for factors in lowrank]
+        known = [self._used_host_state(self._owned[id(factors.W)], groups) for factors in lowrank]
+        on_all = self._everywhere([state is not None for state in known])
+        states = [state if held else None for state, held in zip(known, on_all, strict=True)]
         with full_precision(lowrank[0].W.device):
             outcomes = states_to_factors(states, [(factors.B.detach(), factors.A.detach()) for factors in lowrank])
         found: list[tuple[State, State] | None] = []
