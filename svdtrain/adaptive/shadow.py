@@ -110,8 +110,8 @@ class Shadow:
         return self._names[id(factors.W)]
 
     def _from_host(self, lowrank: Sequence[FactoredWeight]) -> list[tuple[State, State] | None]:
-        """The host's state of each W mapped to the factors; None where there is none to map, on this rank or on another: a
-        host that deals its matrices out has the state of each on one rank only, and B and A must stay equal on all."""
+        """The host's state of each W mapped to the factors; None where there is none to map, on this rank or another:
+        a host that deals its matrices out has the state of each on one rank only, and B and A stay equal on all."""
         if not lowrank or self._moments == "reset":
             return [None] * len(lowrank)
         groups = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
