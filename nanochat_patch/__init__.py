@@ -11,5 +11,6 @@ shield.py     gradients for the method that leave the host's own untouched
 ranks.py      whether all ranks hold the same weights
 sidecar.py    svd_*.pt beside nanochat's model_*.pt
 records.py    a run directory that svd-monitor and svd-report read
+gloo.py       nanochat's distributed optimizers without GPUs, for tests and the benchmark
 weights.py    checkpoints and tokenizers from nanochat's form to ours and back
 """

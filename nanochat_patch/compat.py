@@ -40,11 +40,14 @@ class Surface:
     """The wandb module, with init."""
 
 
-def enter_checkout(path: Path) -> None:
-    """Let `nanochat` and `scripts` be imported from this directory. Raises UnsupportedNanochat if it is no checkout."""
+def enter_checkout(path: Path, script: str = "base_train") -> None:
+    """Let `nanochat` and `scripts` be imported from this directory. Raises UnsupportedNanochat if it is no checkout, or
+    one without this script."""
     for needed in ("nanochat/gpt.py", "nanochat/checkpoint_manager.py", "nanochat/common.py", "scripts/base_train.py"):
         if not (path / needed).is_file():
             raise UnsupportedNanochat(f"{path} is no nanochat checkout: {needed} is missing")
+    if not (path / "scripts" / f"{script}.py").is_file():
+        raise UnsupportedNanochat(f"--script {script}: this nanochat has no scripts/{script}.py")
     sys.path.insert(0, str(path))
     # A package called nanochat on the index is a stranger's; one imported before this point would shadow the checkout.
     for name in ("nanochat", "scripts"):

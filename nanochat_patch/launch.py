@@ -16,7 +16,7 @@ def prepare(options: Options) -> Session:
     """Enter the checkout and wrap what is wrapped. Raises UnsupportedNanochat."""
     session = Session(options)  # before the directory changes: its paths are relative to where the user is
     os.chdir(options.checkout)
-    enter_checkout(options.checkout)
+    enter_checkout(options.checkout, options.launch.script)
     install(find_surface(), session)
     return session
 

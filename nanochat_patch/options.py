@@ -14,7 +14,7 @@ from svdtrain.config import SVDConfig
 
 ATTENTION = "attention"  # the mixer that nanochat has already
 RankCheck = Literal["off", "warn", "stop"]
-Script = Literal["base_train", "base_eval", "chat_cli"]
+Script = Literal["base_train", "mid_train", "chat_sft", "base_eval", "chat_eval", "chat_cli"]
 
 DESCRIPTION = """Run nanochat's base_train unmodified, with adaptive SVD.
 
@@ -30,7 +30,8 @@ class Launch:
     nanochat: str = ""
     """Directory of the checkout."""
     script: Script = "base_train"
-    """Its program to run. The others are for models with mixers, which nanochat by itself cannot load."""
+    """Its program to run: mid_train and chat_sft go on training with the method, the rest is for models with mixers,
+    which nanochat by itself cannot load."""
     run_dir: str = ""
     """Run directory for svd-monitor; default runs/nanochat-<date>-<time>. Give it again to go on after a resume."""
     rank_check: RankCheck = "warn"
@@ -111,8 +112,9 @@ class Options:
 
 
 def parse(argv: Sequence[str]) -> Options:
-    """Flags before the first `--` are ours. Raises ValueError for settings that cannot work, SystemExit for others."""
-    import tyro  # here, so that Options can be made without it
+    """Flags before the first `--` are ours. Raises ValueError, in one line, for flags that cannot be read and for
+    settings that cannot work; SystemExit for --help."""
+    from svdtrain.config.flags import read_flags  # here, so that Options can be made without tyro
 
     ours, theirs = split(argv)
     groups = {"launch": Launch, "svd": SVDConfig, "mixer": MixerConfig}
@@ -120,9 +122,7 @@ def parse(argv: Sequence[str]) -> Options:
         "Flags",
         [(name, kind, field(default_factory=kind)) for name, kind in groups.items()],
     )
-    flags = tyro.cli(
-        flags_class, prog="nanochat_patch", description=DESCRIPTION, args=ours, config=(tyro.conf.OmitArgPrefixes,)
-    )
+    flags = read_flags(flags_class, ours, program="nanochat_patch", description=DESCRIPTION)
     return Options(launch=flags.launch, svd=flags.svd, mixer=flags.mixer, base_train=tuple(theirs))
 
 

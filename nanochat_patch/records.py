@@ -18,14 +18,16 @@ from svdtrain.config import SVDConfig
 from svdtrain.runlog import Record, RunDirectory
 
 TRAIN_FIELDS = {
-    "train/loss": "debiased_smooth_loss",
-    "train/lrm": "lrm",
-    "train/dt": "dt",
-    "train/tok_per_sec": "tok_per_sec",
-    "train/mfu": "mfu",
-    "train/grad_norm": "grad_norm",
+    "debiased_smooth_loss": "train/loss",
+    "train_loss_item": "train/loss",  # where fine-tuning keeps no smoothed one
+    "lrm": "train/lrm",
+    "dt": "train/dt",
+    "tok_per_sec": "train/tok_per_sec",
+    "mfu": "train/mfu",
+    "grad_norm": "train/grad_norm",
 }
-"""nanochat's own metric name: the global of its script that holds the number."""
+"""A global of nanochat's script that holds a number: its own name of the metric."""
+EVAL_FIELDS = {name: name for name in ("val/bpb", "core_metric", "chatcore_metric")} | {"val_loss": "val/loss"}
 
 
 class RunRecords:
@@ -59,7 +61,7 @@ class RunRecords:
     def log(self, data: Mapping[str, Any]) -> None:
         """A dictionary that nanochat logs. Evaluations become records; its rare training lines are written anyway."""
         self._flush_train()
-        fields: Record = {key: data[key] for key in ("val/bpb", "core_metric") if key in data}
+        fields: Record = {field: data[name] for name, field in EVAL_FIELDS.items() if name in data}
         fields |= {f"core/{name}": value for name, value in dict(data.get("centered_results") or {}).items()}
         if fields:
             self._append("eval", int(data.get("step", 0)), fields)
@@ -130,5 +132,5 @@ class RunRecords:
             return
         names, step = self._names, self._open_step
         self._open_step = None
-        fields = {field: float(names[name]) for field, name in TRAIN_FIELDS.items() if name in names}
+        fields = {field: float(names[name]) for name, field in TRAIN_FIELDS.items() if name in names}
         self._append("train", step + 1, fields)

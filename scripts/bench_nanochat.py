@@ -4,9 +4,13 @@
     torchrun --standalone --nproc_per_node=2 scripts/bench_nanochat.py --nanochat DIR          several GPUs
 
 nanochat's own script trains; between steps this one turns the monitoring of every step on and off in turn, block by
-block, so that one process measures both. Then every watched matrix goes to low-rank mode, changes its rank a few
-times and comes back. Needs no network: documents and a tokenizer are made up. Packages that nanochat
-imports and this run does not use are replaced by empty ones where they are missing.
+block, so that one process measures both: a watched block lies between two that are not, and the mean and the median of
+its steps are divided by those of all such blocks. Then every watched matrix goes to low-rank mode, changes its rank a
+few times and comes back. Needs no network: documents and a tokenizer are made up. Packages that nanochat imports and
+this run does not use are replaced by empty ones where they are missing.
+
+Without GPUs, to see that it works and that ranks agree (gloo; times mean nothing; TORCHDYNAMO_DISABLE=1 saves minutes
+of compiling): --device-type cpu --depth 2 --max-seq-len 64 --device-batch-size 2 --total-batch-size 256 --vocab-size 512.
 """
 
 from __future__ import annotations
@@ -14,83 +18,23 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import importlib.machinery
-import importlib.util
 import json
+import math
 import os
-import random
 import shutil
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from itertools import islice, product
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = [str(parent) for parent in Path(__file__).resolve().parents[:2]]
 
-OPTIONAL = ("wandb", "requests", "yaml", "filelock", "jinja2", "tokenizers", "rustbpe")
-VOCAB_SIZE = 32768
+from offline_nanochat import fill_gaps, make_base
+
 NEVER = 10_000_000
-
-
-class Placeholder:
-    """Stands for any name of a missing package; may be made, and does nothing."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-
-class EmptyModule(ModuleType):
-    """Stands for a missing package."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return Placeholder
-
-
-def fill_gaps() -> list[str]:
-    """Put empty modules in the place of missing optional packages; returns their names."""
-    missing = [name for name in OPTIONAL if importlib.util.find_spec(name) is None]
-    for name in missing:
-        sys.modules[name] = EmptyModule(name)
-        sys.modules[name].__spec__ = importlib.machinery.ModuleSpec(name, None)
-    return missing
-
-
-def make_base(path: Path) -> None:
-    """Random documents and a tokenizer of byte pairs, once; other ranks wait for it."""
-    ready = path / "ready"
-    if int(os.environ.get("RANK", "0")) == 0 and not ready.exists():
-        _write_base(path)
-        ready.touch()
-    while not ready.exists():
-        time.sleep(0.2)
-    os.environ["NANOCHAT_BASE_DIR"] = str(path)
-
-
-def _write_base(path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from nanochat_patch.weights import write_nanochat_tokenizer
-    from svdtrain.data.tokenizer import SPECIAL_TOKENS, Tokenizer
-
-    printable = [*range(32, 127)]
-    order = [*printable, *(byte for byte in range(256) if byte not in printable)]
-    pairs = islice((bytes(pair) for pair in product(order, repeat=2)), VOCAB_SIZE - 256 - len(SPECIAL_TOKENS))
-    write_nanochat_tokenizer(Tokenizer([*(bytes([b]) for b in range(256)), *pairs]), path / "tokenizer")
-    shards = path / "base_data"
-    shards.mkdir(parents=True)
-    draw = random.Random(0)
-    for index in range(3):
-        texts = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz      ,.\n", k=9000)) for _ in range(2000)]
-        pq.write_table(pa.table({"text": texts}), shards / f"shard_{index:05d}.parquet", row_group_size=500)
-    (path / "base_data_climbmix").symlink_to(shards.name)
 
 
 class Done(Exception):
@@ -109,34 +53,47 @@ class Block:
     """What is done to every matrix before the first step: lowrank, rank, full."""
 
 
+@dataclasses.dataclass(kw_only=True)
+class Measured:
+    """Times of one block."""
+
+    name: str
+    seconds: list[float] = dataclasses.field(default_factory=list)
+    """Of each step; the last one of a run is not timed."""
+    analysis_seconds: list[float] = dataclasses.field(default_factory=list)
+    """Of the steps with a decision."""
+
+
 def plan(arguments: argparse.Namespace) -> list[Block]:
     """Warm-up, the measured blocks in turn, then the switches."""
-    steps = arguments.block_steps
-    blocks = [Block(name="warm-up", num_steps=arguments.warmup_steps, watching=True)]
-    for _ in range(arguments.repeats):
-        blocks.append(Block(name="off", num_steps=steps))
-        blocks.append(Block(name="watched", num_steps=steps, watching=True))
-    blocks.append(Block(name="to low-rank", num_steps=2, action="lowrank"))
-    blocks.append(Block(name="low-rank, off", num_steps=steps))
-    blocks.append(Block(name="low-rank, watched", num_steps=steps, watching=True))
-    blocks += [Block(name="new rank", num_steps=2, action="rank") for _ in range(arguments.rank_changes)]
-    blocks.append(Block(name="to full", num_steps=2, action="full"))
-    blocks.append(Block(name="off", num_steps=steps))
-    return blocks
+    off, watched = (
+        Block(name=name, num_steps=arguments.block_steps, watching=name == "watched") for name in ("off", "watched")
+    )
+    return [
+        Block(name="warm-up", num_steps=arguments.warmup_steps, watching=True),
+        *[off, watched] * arguments.repeats,
+        off,
+        Block(name="to low-rank", num_steps=2, action="lowrank"),
+        dataclasses.replace(watched, name="low-rank, watched"),
+        dataclasses.replace(off, name="low-rank, off"),
+        *[Block(name="new rank", num_steps=2, action="rank")] * arguments.rank_changes,
+        Block(name="to full", num_steps=2, action="full"),
+    ]
 
 
 class Bench:
     """Sits on the optimizer's hooks behind the session's own and follows the plan."""
 
-    def __init__(self, session: Any, blocks: list[Block]) -> None:
+    def __init__(self, session: Any, blocks: list[Block], max_seconds: float) -> None:
         self.session = session
         self.schedule: Iterator[tuple[Block, bool]] = iter([(b, i == 0) for b in blocks for i in range(b.num_steps)])
+        self.deadline = time.monotonic() + max_seconds if max_seconds else math.inf
         self.block = blocks[0]
-        self.seconds: dict[str, list[tuple[float, bool]]] = {}
+        self.measured: list[Measured] = []
         self.num_changes = 0
         self.acting_seconds: list[float] = []
         self.graphs: list[int] = []
-        self._was: tuple[str, bool] | None = None
+        self._was: tuple[Measured, bool] | None = None
         self._not_its_own = 0.0  # seconds of the last step that belong to a change made in it
 
     def attach(self, optimizer: Any) -> None:
@@ -148,15 +105,17 @@ class Bench:
     def before_step(self, *_: Any) -> None:
         """nanochat has timed the step before this one."""
         if self._was is not None:
-            name, analysed = self._was
+            block, analysed = self._was
             seconds = float(vars(sys.modules["__main__"])["dt"]) - self._not_its_own
-            self.seconds.setdefault(name, []).append((seconds, analysed))
+            block.seconds.append(seconds)
+            if analysed:
+                block.analysis_seconds.append(seconds)
             self._not_its_own = 0.0
 
     def after_step(self, *_: Any) -> None:
         """Remember what this step was, and set up the next."""
         svd = self.session.svd
-        self._was = (self.block.name, self.block.watching and (svd.step - 1) % svd.config.svd_interval == 0)
+        self._was = (self.measured[-1], self.block.watching and (svd.step - 1) % svd.config.svd_interval == 0)
         if self.block.name != "warm-up":
             self.graphs.append(compiled_graphs())
         self.prepare_next()
@@ -164,9 +123,11 @@ class Bench:
     def prepare_next(self) -> None:
         """Settings of the coming step."""
         following = next(self.schedule, None)
-        if following is None:
+        if following is None or (following[1] and out_of_time(self.deadline)):
             raise Done
         self.block, first = following
+        if first:
+            self.measured.append(Measured(name=self.block.name))
         self.session.svd.watching = self.block.watching
         if first and self.block.action:
             started = now()
@@ -183,6 +144,20 @@ class Bench:
             r = {"lowrank": g // 2, "rank": max(8, before - g // 16), "full": None}[action]
             svd.set_mode(name, r)
             self.num_changes += 1
+
+
+def out_of_time(deadline: float) -> bool:
+    """Whether it has passed for any rank."""
+    import torch
+    import torch.distributed as dist
+
+    late = time.monotonic() > deadline
+    if math.isinf(deadline) or not dist.is_initialized():
+        return late
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    anywhere = torch.tensor(int(late), device=device)
+    dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
+    return bool(anywhere)
 
 
 def now() -> float:
@@ -214,6 +189,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--warmup-steps", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--rank-changes", type=int, default=3)
+    parser.add_argument("--vocab-size", type=int, default=32768)
+    parser.add_argument("--max-seconds", type=float, default=0, help="begin no block later than this; 0: no limit")
     parser.add_argument("--targets", default="attn")
     parser.add_argument("--mixer", default="attention", help="state-space mixer in attention's place")
     parser.add_argument("--mixer-pattern", default="M", help="layers with the mixer (M) and with attention (A)")
@@ -243,30 +220,51 @@ def train_flags(arguments: argparse.Namespace, one_optimizer: bool) -> list[str]
     return [f"--{name.replace('-', '_')}={value}" for name, value in settings.items()]
 
 
+BASES = {"off": "off", "watched": "off", "low-rank, off": "off", "low-rank, watched": "low-rank, off"}
+"""A kind of block: the kind whose steps it is measured against (itself: its blocks one by one show the noise)."""
+
+
 def figures(bench: Bench, arguments: argparse.Namespace, torn: list[str]) -> dict[str, Any]:
-    """Tokens per second by block, relative to the blocks without analyses."""
-    rows = {}
-    for name, times in bench.seconds.items():
-        seconds = [s for s, _ in times]
-        analysed = [s for s, was in times if was]
-        rows[name] = {
-            "steps": len(seconds),
-            "tokens_per_second": arguments.total_batch_size / statistics.fmean(seconds),
-            "median_step_ms": 1000 * statistics.median(seconds),
-            "median_analysis_step_ms": 1000 * statistics.median(analysed) if analysed else None,
-        }
-    base = rows["off"]["tokens_per_second"]
-    for row in rows.values():
-        row["relative"] = row["tokens_per_second"] / base
+    """Times by kind of block and block by block, what switching cost, and whether the ranks agree."""
+    measured = [block for block in bench.measured if block.seconds]
+    names = list(dict.fromkeys(block.name for block in measured))
+    kinds = {name: [block for block in measured if block.name == name] for name in names}
     return {
-        "blocks": rows,
+        "blocks": {
+            name: row(blocks, kinds.get(BASES.get(name, ""), []), arguments) for name, blocks in kinds.items()
+        },
+        "each_block": [(b.name, statistics.fmean(b.seconds), statistics.median(b.seconds)) for b in measured],
+        "num_steps": sum(len(block.seconds) for block in measured) + 1,
         "num_targets": len(bench.session.svd.targets),
         "num_changes": bench.num_changes,
-        "ms_per_change": 1000 * sum(bench.acting_seconds) / bench.num_changes,
-        "recompiles": bench.graphs[-1] - bench.graphs[0],
+        "ms_per_change": 1000 * sum(bench.acting_seconds) / max(1, bench.num_changes),
+        # none at all where compiling is off
+        "recompiles": bench.graphs[-1] - bench.graphs[0] if bench.graphs and bench.graphs[-1] else None,
+        "ranks": int(os.environ.get("WORLD_SIZE", "1")),
         "tensors_that_differ_between_ranks": torn,
+        "alerts": [record["message"] for record in bench.session.records.read("alert")],
         "peak_memory_gib": peak_memory_gib(),
     }
+
+
+def row(blocks: list[Measured], base: list[Measured], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Of one kind. Relative figures are speeds: 0.99 is 1 % slower than all steps of the base's blocks together. Of the
+    blocks one by one the slowest and the fastest are given, so that one noisy block can be seen."""
+    seconds, own = [[s for block in some for s in block.seconds] for some in (base, blocks)]
+    analyses = [s for block in blocks for s in block.analysis_seconds]
+    result: dict[str, Any] = {
+        "num_blocks": len(blocks),
+        "steps": len(own),
+        "tokens_per_second": arguments.total_batch_size / statistics.fmean(own),
+        "mean_step_ms": 1000 * statistics.fmean(own),
+        "median_step_ms": 1000 * statistics.median(own),
+        "median_analysis_step_ms": 1000 * statistics.median(analyses) if analyses else None,
+    }
+    for name, middle in (("mean", statistics.fmean), ("median", statistics.median)):
+        each = [middle(seconds) / middle(block.seconds) for block in blocks] if seconds else []
+        result[f"relative_{name}"] = middle(seconds) / middle(own) if seconds else None
+        result[f"relative_{name}_of_blocks"] = [min(each), max(each)] if each else None
+    return result
 
 
 def peak_memory_gib() -> float:
@@ -277,18 +275,27 @@ def peak_memory_gib() -> float:
 
 
 def show(result: dict[str, Any]) -> None:
-    """One table."""
-    print(f"\n{'block':<22}{'steps':>6}{'tok/s':>12}{'of off':>9}{'step ms':>10}{'analysis ms':>13}")
+    """A table, then the rest."""
+    columns = f"{'tok/s':>10}{'mean ms':>9}{'median':>9}{'analysis':>9}"
+    print(f"\n{'block':<18}{'steps':>6}{columns}  {'speed by means (blocks)':<25}{'by medians (blocks)':<25}of")
     for name, row in result["blocks"].items():
         analysis = row["median_analysis_step_ms"]
-        shown = f"{analysis:>13.1f}" if analysis is not None else " " * 13
         print(
-            f"{name:<22}{row['steps']:>6}{row['tokens_per_second']:>12,.0f}{row['relative']:>9.4f}"
-            f"{row['median_step_ms']:>10.1f}{shown}"
+            f"{name:<18}{row['steps']:>6}{row['tokens_per_second']:>10,.0f}{row['mean_step_ms']:>9.1f}"
+            f"{row['median_step_ms']:>9.1f}" + (f"{analysis:>9.1f}" if analysis is not None else " " * 9) + "  "
+            f"{spread(row, 'mean'):<25}{spread(row, 'median'):<25}{BASES.get(name, '')}"
         )
     for key, value in result.items():
-        if key != "blocks":
+        if key != "each_block" and key != "blocks":
             print(f"{key}: {value}")
+
+
+def spread(row: dict[str, Any], kind: str) -> str:
+    """0.9950 (0.9931-0.9969)."""
+    if row[f"relative_{kind}"] is None:
+        return "-"
+    low, high = row[f"relative_{kind}_of_blocks"]
+    return f"{row[f'relative_{kind}']:.4f} ({low:.4f}-{high:.4f})"
 
 
 def main() -> None:
@@ -299,7 +306,7 @@ def main() -> None:
     if rank == 0 and missing:
         print(f"not installed, empty here: {', '.join(missing)}")
     base = Path(arguments.work or Path(tempfile.gettempdir(), f"bench-nanochat-{os.getppid()}")).resolve()
-    make_base(base)
+    make_base(base, arguments.vocab_size)
     try:
         result = measure(arguments, base)
     finally:
@@ -315,7 +322,7 @@ def measure(arguments: argparse.Namespace, base: Path) -> dict[str, Any]:
     """Run nanochat's script through the plan."""
     import torch.distributed as dist
 
-    from nanochat_patch import launch, options, ranks
+    from nanochat_patch import gloo, launch, options, ranks
     from svdtrain.config import SVDConfig
 
     where = options.Launch(nanochat=arguments.nanochat, run_dir=str(base / "run"))
@@ -323,7 +330,9 @@ def measure(arguments: argparse.Namespace, base: Path) -> dict[str, Any]:
     arguments.json = str(Path(arguments.json).resolve()) if arguments.json else ""
     mixer = options.MixerConfig(mixer=arguments.mixer, mixer_pattern=arguments.mixer_pattern)
     session = launch.prepare(options.Options(launch=where, svd=svd, mixer=mixer))
-    bench = Bench(session, plan(arguments))
+    if arguments.device_type == "cpu" and "WORLD_SIZE" in os.environ:
+        gloo.start()  # nanochat does it on GPUs only
+    bench = Bench(session, plan(arguments), arguments.max_seconds)
     built = session.optimizer_built
     models = []
 

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from real_nanochat import (
     SWITCHED_STEPS,
     SWITCHING,
+    TAG,
     VOCAB_SIZE,
     Nanochat,
     documents,
@@ -37,7 +38,7 @@ def nanochat(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     write_shards(base / "base_data", texts[:200], texts[200:])
     checkout = Nanochat(request.param, path, base)
     names = ("vocab-size", "max-chars") if request.param == "2026" else ("vocab_size", "max_chars")
-    checkout.run("-m", "scripts.tok_train", f"--{names[0]}={VOCAB_SIZE}", f"--{names[1]}=200000")
+    checkout.alone("tok_train", f"--{names[0]}={VOCAB_SIZE}", f"--{names[1]}=200000")
     return checkout
 
 
@@ -49,9 +50,9 @@ def bundle(nanochat: Nanochat) -> Path:
 
 @pytest.fixture(scope="session")
 def switched(nanochat: Nanochat, tmp_path_factory: pytest.TempPathFactory) -> tuple[Nanochat, Path]:
-    """A run of SWITCHED_STEPS in which matrices switch, saved under the tag d2; and its run directory."""
+    """A run of SWITCHED_STEPS in which matrices switch, saved under TAG; and its run directory."""
     run_dir = tmp_path_factory.mktemp("runs") / "switched"
-    nanochat.train_patched(run_dir, SWITCHING, num_iterations=SWITCHED_STEPS, eval_every=SWITCHED_STEPS, model_tag="d2")
+    nanochat.train_patched(run_dir, SWITCHING, num_iterations=SWITCHED_STEPS, eval_every=SWITCHED_STEPS, model_tag=TAG)
     return nanochat, run_dir
 
 

@@ -1,8 +1,9 @@
 """Real checkouts, and runs of nanochat in processes of their own.
 
 NANOCHAT_DIR_2026 names a checkout of commit 92d63d4, NANOCHAT_DIR_2025 one of b399e43; NANOCHAT_TEXT_DIR a directory of
-parquet shards for them (default: documents made here). torch.compile is off in these runs (TORCHDYNAMO_DISABLE): on a
-CPU it takes minutes and nothing that is tested depends on it.
+parquet shards for them (default: documents made here), NANOCHAT_TEST_DEPTH the depth of the models (default: 2).
+torch.compile is off in these runs (TORCHDYNAMO_DISABLE): on a CPU it takes minutes and nothing that is tested depends
+on it.
 """
 
 import json
@@ -19,9 +20,13 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+OFFLINE, WITHOUT = (Path(__file__).parent / name for name in ("offline", "without"))
 VOCAB_SIZE = 512
+DEPTH = int(os.environ.get("NANOCHAT_TEST_DEPTH", "2"))
+TAG = f"d{DEPTH}"
+"""Under which the run that switches is saved; fine-tuning of 2025 knows no other."""
 SIZES = {
-    "depth": 2, "max-seq-len": 64, "device-batch-size": 2, "total-batch-size": 128, "eval-tokens": 256,
+    "depth": DEPTH, "max-seq-len": 64, "device-batch-size": 2, "total-batch-size": 128, "eval-tokens": 256,
     "core-metric-every": -1, "sample-every": 1000, "device-type": "cpu", "matrix-lr": 2.0,
 }  # fmt: skip
 
@@ -44,24 +49,34 @@ class Nanochat:
             settings["warmup-steps"] = 1
         return [f"--{name}={value}" for name, value in settings.items()]
 
-    def environment(self) -> dict[str, str]:
+    def environment(self, *search: Path) -> dict[str, str]:
+        path = os.pathsep.join(map(str, search or (ROOT, OFFLINE)))
         return {
-            **os.environ, "NANOCHAT_BASE_DIR": str(self.base), "PYTHONPATH": str(ROOT), "TORCHDYNAMO_DISABLE": "1",
+            **os.environ, "NANOCHAT_BASE_DIR": str(self.base), "PYTHONPATH": path, "TORCHDYNAMO_DISABLE": "1",
             "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1",
         }  # fmt: skip
 
     def run(self, *arguments: object) -> str:
         """`python ...` in the checkout; what it printed. Fails with its last lines."""
+        return self._run(self.environment(), arguments)
+
+    def alone(self, script: str, *arguments: object) -> str:
+        """`python -m scripts.<script> ...` where our packages cannot be imported."""
+        return self._run(self.environment(OFFLINE, WITHOUT), ("-m", f"scripts.{script}", *arguments))
+
+    def patched(self, script: str, flags: list[str], *arguments: object) -> str:
+        """The same through our launcher."""
+        return self.run("-m", "nanochat_patch", "--nanochat", self.path, "--script", script, *flags, "--", *arguments)
+
+    def _run(self, environment: dict[str, str], arguments: tuple[object, ...]) -> str:
         command = [sys.executable, *map(str, arguments)]
-        done = subprocess.run(
-            command, cwd=self.path, env=self.environment(), capture_output=True, text=True, timeout=600
-        )
+        done = subprocess.run(command, cwd=self.path, env=environment, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
         return done.stdout
 
     def train(self, **extra: object) -> str:
         """nanochat alone."""
-        return self.run("-m", "scripts.base_train", *self.flags(**extra))
+        return self.alone("base_train", *self.flags(**extra))
 
     def train_patched(self, run_dir: Path, svd: list[str], **extra: object) -> str:
         """nanochat with this package."""

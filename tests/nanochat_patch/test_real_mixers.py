@@ -39,8 +39,8 @@ def test_it_trains_switches_and_samples(nanochat: Nanochat, tmp_path: Path) -> N
     switched = {record["layer"] for record in records(run_dir, "switch")}
     assert len(switched) >= 2
     assert switched <= projections
-    launch = ["-m", "nanochat_patch", "--nanochat", nanochat.path, *ALL, "--script", "chat_cli", "--"]
-    answered = nanochat.run(*launch, "-i", "base", "-g", "mixed", "-p", "The", "--device-type", "cpu")
+    said = ("-i", "base", "-g", "mixed", "-p", "The", "--device-type", "cpu")
+    answered = nanochat.patched("chat_cli", ALL, *said)
     assert len(answered.split("Assistant:")[-1].strip()) > 20
     with pytest.raises(ConversionError, match="holds mixers"):
         read_nanochat(nanochat.checkpoint("mixed"))

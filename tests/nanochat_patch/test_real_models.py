@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from real_nanochat import SWITCHED_STEPS, VOCAB_SIZE, Nanochat
+from real_nanochat import SWITCHED_STEPS, TAG, VOCAB_SIZE, Nanochat
 
 from nanochat_patch import weights
 from svdtrain.data.corpus import open_corpus
@@ -47,18 +47,18 @@ def test_same_logits_both_ways(switched: tuple[Nanochat, Path], tmp_path: Path) 
     weights.write_nanochat(there, nanochat.checkpoint("ours"))
     tokens = torch.randint(0, VOCAB_SIZE, (2, 60), generator=torch.Generator().manual_seed(1))
     torch.save(tokens, tmp_path / "tokens.pt")
-    nanochat.run("-c", LOGITS, tmp_path / "tokens.pt", tmp_path / "logits.pt", "d2", "ours")
+    nanochat.run("-c", LOGITS, tmp_path / "tokens.pt", tmp_path / "logits.pt", TAG, "ours")
     theirs = torch.load(tmp_path / "logits.pt", weights_only=True)
     with torch.no_grad():
         assert theirs["ours"].std() > 0.1
         torch.testing.assert_close(ours(tokens), theirs["ours"], atol=1e-5, rtol=1e-5)
-        read = weights.read_nanochat(nanochat.checkpoint("d2"))
+        read = weights.read_nanochat(nanochat.checkpoint(TAG))
         assert read.step == SWITCHED_STEPS
-        torch.testing.assert_close(read.model()(tokens), theirs["d2"], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(read.model()(tokens), theirs[TAG], atol=1e-5, rtol=1e-5)
         weights.write_run(read, tmp_path / "run")
         again = weights.read_run(tmp_path / "run")
         assert again.config == read.config
-        torch.testing.assert_close(again.model()(tokens), theirs["d2"], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(again.model()(tokens), theirs[TAG], atol=1e-5, rtol=1e-5)
 
 
 def test_tokenizer_and_text_are_read(nanochat: Nanochat, tmp_path: Path) -> None:
@@ -81,12 +81,12 @@ def test_tokenizer_and_text_are_read(nanochat: Nanochat, tmp_path: Path) -> None
 
 def test_core_is_the_same_as_nanochats_own(switched: tuple[Nanochat, Path], bundle: Path) -> None:
     nanochat, _ = switched
-    flags = ["--model-tag=d2", "--eval=core,bpb,sample", "--split-tokens=256", "--device-batch-size=2"]
-    nanochat.run("-m", "scripts.base_eval", *(flags if nanochat.year == "2026" else []), "--max-per-task=25")
+    flags = [f"--model-tag={TAG}", "--eval=core,bpb,sample", "--split-tokens=256", "--device-batch-size=2"]
+    nanochat.alone("base_eval", *(flags if nanochat.year == "2026" else []), "--max-per-task=25")
     with open(nanochat.base / "base_eval" / f"base_model_{SWITCHED_STEPS:06d}.csv") as file:
         rows = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in csv.reader(file)}
     tokenizer = weights.read_nanochat_tokenizer(nanochat.base / "tokenizer")
-    model = weights.read_nanochat(nanochat.checkpoint("d2")).model()
+    model = weights.read_nanochat(nanochat.checkpoint(TAG)).model()
     result = evaluate_core(model, tokenizer, CoreBundle.read(bundle, 25), device=torch.device("cpu"))
     assert 0 < result.accuracy["chosen"] < 1
     assert 0 < result.accuracy["schema"] < 1
@@ -97,5 +97,5 @@ def test_core_is_the_same_as_nanochats_own(switched: tuple[Nanochat, Path], bund
 
 def test_its_chat_answers(switched: tuple[Nanochat, Path]) -> None:
     nanochat, _ = switched
-    printed = nanochat.run("-m", "scripts.chat_cli", "-i", "base", "-g", "d2", "-p", "The", "--device-type", "cpu")
+    printed = nanochat.alone("chat_cli", "-i", "base", "-g", TAG, "-p", "The", "--device-type", "cpu")
     assert len(printed.split("Assistant:")[-1].strip()) > 20

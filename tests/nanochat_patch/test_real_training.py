@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from real_nanochat import SWITCHED_STEPS, SWITCHING, Nanochat
+from real_nanochat import DEPTH, SWITCHED_STEPS, SWITCHING, TAG, Nanochat
 
 from svdtrain.runlog import Record, read_records
 
@@ -37,29 +38,33 @@ def assert_same_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) 
 
 
 def test_watching_changes_no_bit(nanochat: Nanochat, tmp_path: Path) -> None:
-    nanochat.train(num_iterations=8, eval_every=4, model_tag="alone")
-    svd = ["--no-svd-switching", "--svd-interval", "2"]
-    printed = nanochat.train_patched(tmp_path / "run", svd, num_iterations=8, eval_every=4, model_tag="watched")
-    assert_same_weights(nanochat.weights("alone", 8), nanochat.weights("watched", 8))
-    assert meta(nanochat, "alone", 8) == meta(nanochat, "watched", 8)
-    assert len(records(tmp_path / "run", "svd")) == 4
+    settings = {"num_iterations": 60, "eval_every": 30}
+    alone = nanochat.train(**settings, model_tag="alone")
+    svd = ["--no-svd-switching", "--svd-interval", "1"]
+    printed = nanochat.train_patched(tmp_path / "run", svd, **settings, model_tag="watched")
+    losses = re.findall(r"loss: [\d.]+", printed)
+    assert len(losses) == 60
+    assert losses == re.findall(r"loss: [\d.]+", alone)
+    assert_same_weights(nanochat.weights("alone", 60), nanochat.weights("watched", 60))
+    assert meta(nanochat, "alone", 60) == meta(nanochat, "watched", 60)
+    assert len(records(tmp_path / "run", "svd")) == 60
     train = records(tmp_path / "run", "train")
-    assert [record["step"] for record in train] == [*range(1, 9)]
+    assert [record["step"] for record in train] == [*range(1, 61)]
     for record in train:
         assert f"loss: {record['train/loss']:.6f}" in printed
-    assert [record["step"] for record in records(tmp_path / "run", "eval")] == [0, 4, 8]
+    assert [record["step"] for record in records(tmp_path / "run", "eval")] == [0, 30, 60]
     assert records(tmp_path / "run", "end")[0]["reason"] == "finished"
 
 
 def test_every_attention_matrix_switches_and_training_goes_on(switched: tuple[Nanochat, Path]) -> None:
     nanochat, run_dir = switched
     changed = {record["layer"] for record in records(run_dir, "switch") if record["change"] == "to_lowrank"}
-    assert changed == {f"h.{layer}.attn.{part}" for layer in (0, 1) for part in ("c_q", "c_k", "c_v", "c_proj")}
+    assert changed == {f"h.{layer}.attn.{part}" for layer in range(DEPTH) for part in ("c_q", "c_k", "c_v", "c_proj")}
     losses = [record["train/loss"] for record in records(run_dir, "train")]
     assert len(losses) == SWITCHED_STEPS
     assert losses[-1] < losses[0] - 0.1
-    sidecar = torch.load(nanochat.checkpoint("d2") / f"svd_{SWITCHED_STEPS:06d}.pt", weights_only=True)
-    weights = nanochat.weights("d2", SWITCHED_STEPS)
+    sidecar = torch.load(nanochat.checkpoint(TAG) / f"svd_{SWITCHED_STEPS:06d}.pt", weights_only=True)
+    weights = nanochat.weights(TAG, SWITCHED_STEPS)
     for name, target in sidecar["targets"].items():
         if target["factors"] is not None:
             W = torch.addmm(*(target["factors"][part] for part in ("W_p", "B", "A")))
