@@ -30,8 +30,8 @@ class Launch:
     nanochat: str = ""
     """Directory of the checkout."""
     script: Script = "base_train"
-    """Its program to run: mid_train and chat_sft go on training with the method, the rest is for models with mixers,
-    which nanochat by itself cannot load."""
+    """Its program to run. mid_train and chat_sft fine-tune with the method; base_eval, chat_eval and chat_cli are for
+    models with mixers, which nanochat by itself cannot load."""
     run_dir: str = ""
     """Run directory for svd-monitor; default runs/nanochat-<date>-<time>. Give it again to go on after a resume."""
     rank_check: RankCheck = "warn"

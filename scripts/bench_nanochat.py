@@ -9,8 +9,8 @@ its steps are divided by those of all such blocks. Then every watched matrix goe
 few times and comes back. Needs no network: documents and a tokenizer are made up. Packages that nanochat imports and
 this run does not use are replaced by empty ones where they are missing.
 
-Without GPUs, to see that it works and that ranks agree (gloo; times mean nothing; TORCHDYNAMO_DISABLE=1 saves minutes
-of compiling): --device-type cpu --depth 2 --max-seq-len 64 --device-batch-size 2 --total-batch-size 256 --vocab-size 512.
+Without GPUs, to see that it works and that ranks agree (over gloo; TORCHDYNAMO_DISABLE=1 saves minutes of compiling):
+    --device-type cpu --depth 2 --max-seq-len 64 --device-batch-size 2 --total-batch-size 256 --vocab-size 512
 """
 
 from __future__ import annotations
@@ -230,9 +230,7 @@ def figures(bench: Bench, arguments: argparse.Namespace, torn: list[str]) -> dic
     names = list(dict.fromkeys(block.name for block in measured))
     kinds = {name: [block for block in measured if block.name == name] for name in names}
     return {
-        "blocks": {
-            name: row(blocks, kinds.get(BASES.get(name, ""), []), arguments) for name, blocks in kinds.items()
-        },
+        "blocks": {name: row(blocks, kinds.get(BASES.get(name, ""), []), arguments) for name, blocks in kinds.items()},
         "each_block": [(b.name, statistics.fmean(b.seconds), statistics.median(b.seconds)) for b in measured],
         "num_steps": sum(len(block.seconds) for block in measured) + 1,
         "num_targets": len(bench.session.svd.targets),
@@ -242,7 +240,7 @@ def figures(bench: Bench, arguments: argparse.Namespace, torn: list[str]) -> dic
         "recompiles": bench.graphs[-1] - bench.graphs[0] if bench.graphs and bench.graphs[-1] else None,
         "ranks": int(os.environ.get("WORLD_SIZE", "1")),
         "tensors_that_differ_between_ranks": torn,
-        "alerts": [record["message"] for record in bench.session.records.read("alert")],
+        "steps_at_which_ranks_differed": steps_with_torn_ranks(bench.session.records.path),
         "peak_memory_gib": peak_memory_gib(),
     }
 
@@ -265,6 +263,14 @@ def row(blocks: list[Measured], base: list[Measured], arguments: argparse.Namesp
         result[f"relative_{name}"] = middle(seconds) / middle(own) if seconds else None
         result[f"relative_{name}_of_blocks"] = [min(each), max(each)] if each else None
     return result
+
+
+def steps_with_torn_ranks(run_dir: Path) -> list[int]:
+    """What the check at each analysis has found; rank 0 writes it down."""
+    from svdtrain.runlog import read_records
+
+    records = read_records(run_dir / "metrics.jsonl") if int(os.environ.get("RANK", "0")) == 0 else []
+    return [record["step"] for record in records if record.get("rule") == "ranks_differ"]
 
 
 def peak_memory_gib() -> float:

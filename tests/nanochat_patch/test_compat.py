@@ -105,6 +105,34 @@ def test_the_checkout_must_be_named() -> None:
         options.parse(["--svd-interval", "5"])
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--svd-intervall", "5"], "Perhaps you meant: svd-interval"),
+        (["--svd-interval", "often"], "--svd-interval: invalid literal"),
+        (["--script", "chat_rl"], "invalid choice 'chat_rl' for argument '--script'"),
+        (["--depth=4"], "Unrecognized options: --depth=4"),  # nanochat's own, in front of the dashes
+        (["--mixer", "nonsense"], "unknown mixer 'nonsense'"),
+    ],
+)
+def test_a_bad_flag_is_one_line(
+    flags: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["nanochat_patch", "--nanochat", "x", *flags])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("nanochat_patch: error: ")
+    assert said in line
+
+
+def test_a_script_that_this_checkout_lacks_is_named(tmp_path: Path) -> None:
+    path = write_checkout(tmp_path, "2026")
+    with undone(), pytest.raises(UnsupportedNanochat, match=r"no scripts/mid_train\.py"):
+        enter_checkout(path, "mid_train")
+
+
 def test_an_error_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

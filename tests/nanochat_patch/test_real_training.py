@@ -116,3 +116,13 @@ def test_without_a_sidecar_it_resumes_in_full_mode_and_says_so(same_batches: Nan
     (alert,) = records(tmp_path / "run", "alert")
     assert (alert["rule"], alert["step"]) == ("no_sidecar", 4)
     assert [record["step"] for record in records(tmp_path / "run", "train")] == [5, 6]
+
+
+def test_layers_of_8_bits_are_watched_and_not_switched(nanochat: Nanochat, tmp_path: Path) -> None:
+    """Its own conversion; such layers multiply on GPUs only, so that nothing is trained here."""
+    if nanochat.year == "2025":
+        pytest.skip("this nanochat has no fp8")
+    printed = nanochat.run(Path(__file__).parent / "fp8_inside.py", tmp_path)
+    assert "refused: fp8 layers quantise" in printed
+    assert "--no-svd-switching" in printed
+    assert "watched: 8" in printed
