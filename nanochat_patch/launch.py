@@ -14,9 +14,10 @@ from nanochat_patch.session import Session
 
 def prepare(options: Options) -> Session:
     """Enter the checkout and wrap what is wrapped. Raises UnsupportedNanochat."""
-    session = Session(options)  # before the directory changes: its paths are relative to where the user is
-    os.chdir(options.checkout)
-    enter_checkout(options.checkout, options.launch.script)
+    # Before the directory changes: paths are relative to where the user is.
+    checkout, session = options.checkout, Session(options)
+    os.chdir(checkout)
+    enter_checkout(checkout, options.launch.script)
     install(find_surface(), session)
     return session
 

@@ -34,7 +34,8 @@ class RunRecords:
     """Writes config.json and metrics.jsonl. Does nothing on ranks other than 0 (`writable`)."""
 
     def __init__(self, path: Path, svd: SVDConfig, mixer: MixerConfig, *, writable: bool = True) -> None:
-        self._run = RunDirectory(path, writable=writable)
+        self._run = RunDirectory(path, writable=False)  # no directory before there is something to write
+        self._writable = writable
         self._svd, self._mixer = svd, mixer
         self._started = self._ended = False
         self._open_step: int | None = None
@@ -111,6 +112,7 @@ class RunRecords:
     def _start(self) -> None:
         """Later than the first line of the script: what it derives is known only after its set-up."""
         self._started = True
+        self._run = RunDirectory(self.path, writable=self._writable)
         self._look_around()
         names = self._names
         known = {key: names[key] for key in ("num_iterations", "total_batch_size") if isinstance(names.get(key), int)}

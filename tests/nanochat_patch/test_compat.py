@@ -136,11 +136,13 @@ def test_a_script_that_this_checkout_lacks_is_named(tmp_path: Path) -> None:
 def test_an_error_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    run_dir = tmp_path / "run"
     with undone():
-        monkeypatch.setattr(sys, "argv", ["nanochat_patch", "--nanochat", str(tmp_path), "--run-dir", str(tmp_path)])
+        monkeypatch.setattr(sys, "argv", ["nanochat_patch", "--nanochat", str(tmp_path), "--run-dir", str(run_dir)])
         with pytest.raises(SystemExit) as stop:
             main()
     assert stop.value.code == 2
     assert capsys.readouterr().err == (
         f"nanochat_patch: error: {tmp_path} is no nanochat checkout: nanochat/gpt.py is missing\n"
     )
+    assert not run_dir.exists()

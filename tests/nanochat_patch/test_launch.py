@@ -93,6 +93,14 @@ def test_analyses_see_the_gradient_and_not_what_the_host_makes_of_it(checkout: P
         assert torch.equal(seen[f"h.{name.removesuffix('.weight')}"], p.grad)
 
 
+def test_paths_are_relative_to_where_it_is_started(
+    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    patched(Path("nanochat"), tmp_path / "out", WATCH, Path("records"))
+    assert len(records(tmp_path / "records", "train")) == 6
+
+
 def test_records_of_a_run(checkout: Path, tmp_path: Path) -> None:
     patched(checkout, tmp_path, WATCH)
     run = tmp_path / "run"
