@@ -42,10 +42,10 @@ class AttachedSVD(AdaptiveSVD):
     ) -> None:
         """See `attach`."""
         self._shards: ShardedWeights | None = None
+        self._average_gradients = average_gradients
         super().__init__(model, optimizer, config, adapter=adapter, log=log)
         if self._shards is not None and (average_gradients or reference_loss is not None):
             raise ValueError("average_gradients and reference_loss do not work with sharded (FSDP2) parameters")
-        self._average_gradients = average_gradients
         watched = {name: target.W for name, target in self.targets.items()}
         self.interference: Interference | None = None
         self.reading: Reading | None = None
@@ -62,8 +62,14 @@ class AttachedSVD(AdaptiveSVD):
     def _default_adapter(self, optimizer: torch.optim.Optimizer, targets: Mapping[str, nn.Parameter]) -> Adapter:
         if self._shards is not None:
             return Shadow(optimizer, targets, self.config.svd_moments, self._shards.sharded)
-        kind = Reregister if self.config.svd_adapter == "reregister" else Shadow
-        return kind(optimizer, targets, self.config.svd_moments)
+        if self.config.svd_adapter == "reregister":
+            return Reregister(optimizer, targets, self.config.svd_moments)
+        return Shadow(optimizer, targets, self.config.svd_moments, everywhere=self._everywhere)
+
+    def _everywhere(self, holds: bool) -> bool:
+        """Asks the other ranks where the host does the work between them; a host that has done it before the step has
+        equal state everywhere."""
+        return bool(_mean_over_ranks(torch.tensor(float(holds))) == 1) if self._average_gradients else holds
 
     def _take(self, found: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
         """Whole copies stand for parameters that FSDP2 has sharded."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -35,13 +35,17 @@ class Shadow:
         targets: Mapping[str, nn.Parameter],
         moments: Moments,
         owned: Mapping[str, nn.Parameter] | None = None,
+        *,
+        everywhere: Callable[[bool], bool] = bool,
     ) -> None:
         """`owned`: what the optimizer has in the place of each target, where that is not the target itself (shards).
+        `everywhere`: whether something holds on every rank; every rank asks at the same changes.
         Raises ValueError when a target is not in the optimizer."""
         check_ownership(optimizer, owned or targets)
         self._owned = {id(W): (owned or targets)[name] for name, W in targets.items()}
         self._optimizer = optimizer
         self._moments: Moments = moments
+        self._everywhere = everywhere
         self._names = {id(W): name for name, W in targets.items()}
         self._lowrank: dict[str, FactoredWeight] = {}
         self._state: dict[str, tuple[State, State]] = {}
@@ -101,7 +105,12 @@ class Shadow:
         self._state = {name: (_own(parts["B"]), _own(parts["A"])) for name, parts in state.items()}
 
     def _from_host(self, factors: FactoredWeight) -> tuple[State, State] | None:
-        """The host's state of W mapped to the factors; None where there is none to map."""
+        """The host's state of W mapped to the factors; None where there is none to map, on this rank or on another: a
+        host that deals its matrices out has the state of each on one rank only, and B and A must stay equal on all."""
+        mapped = self._mapped(factors)
+        return mapped if self._everywhere(mapped is not None) else None
+
+    def _mapped(self, factors: FactoredWeight) -> tuple[State, State] | None:
         owned = self._owned[id(factors.W)]
         host_state = self._optimizer.state.get(owned) if self._moments == "map" else None
         if not host_state:
