@@ -74,9 +74,9 @@ def plan(arguments: argparse.Namespace) -> list[Block]:
         *[off, watched] * arguments.repeats,
         off,
         Block(name="to low-rank", num_steps=2, action="lowrank"),
+        *[Block(name="new rank", num_steps=2, action="rank")] * arguments.rank_changes,
         dataclasses.replace(watched, name="low-rank, watched"),
         dataclasses.replace(off, name="low-rank, off"),
-        *[Block(name="new rank", num_steps=2, action="rank")] * arguments.rank_changes,
         Block(name="to full", num_steps=2, action="full"),
     ]
 

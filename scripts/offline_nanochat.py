@@ -66,7 +66,9 @@ def _write_base(path: Path, vocab_size: int) -> None:
     shards = path / "base_data"
     shards.mkdir(parents=True)
     draw = random.Random(0)
+    alphabet = b"abcdefghijklmnopqrstuvwxyz      ,.\n"
+    letters = bytes(alphabet[byte % len(alphabet)] for byte in range(256))
     for index in range(3):
-        texts = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz      ,.\n", k=9000)) for _ in range(2000)]
+        texts = [draw.randbytes(9000).translate(letters).decode() for _ in range(2000)]
         pq.write_table(pa.table({"text": texts}), shards / f"shard_{index:05d}.parquet", row_group_size=500)
     (path / "base_data_climbmix").symlink_to(shards.name)
