@@ -29,6 +29,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -126,8 +127,11 @@ class Bench(Hook):
     name = "bench"
     priority = Priority.SINK
 
-    def __init__(self, options: argparse.Namespace, device: torch.device, averager: Any) -> None:
-        self.options, self.device, self._averager_of = options, device, averager
+    def __init__(
+        self, options: argparse.Namespace, device: torch.device, averager: Any, keep: Callable[[dict[str, Any]], None]
+    ) -> None:
+        """keep: called with what is measured so far, whenever there is more."""
+        self.options, self.device, self._averager_of, self._keep = options, device, averager, keep
         self.result: dict[str, Any] = {}
         self.exchange, self.optimizer = Clock(device), Clock(device)
         self._phase, self._until, self._started_at, self._started = "warmup", options.warmup, 0, 0.0
@@ -177,6 +181,7 @@ class Bench(Hook):
             self._open("timed", state, self.options.steps)
         elif self._phase == "timed":
             self._report_throughput(state, elapsed / steps)
+            self._keep(self.result)
             if self.options.only_speed:
                 state.control.request_stop("bench")
             else:
@@ -187,6 +192,7 @@ class Bench(Hook):
                 self._open_save(state)
             else:
                 self._report_saves()
+                self._keep(self.result)
                 self._let_policy_switch(state)
                 self._open("switching", state, self.options.switch_steps)
         else:
@@ -264,7 +270,13 @@ def worker(options: argparse.Namespace) -> None:
     build.prepare_data = lambda config, world, console: random_data(directory, options.vocab)  # type: ignore[assignment]
     config = RunConfig.from_dict(settings(options, world_size))
     trainer = build.build_trainer(config, directory / f"run-{world_size}", Console(file=io.StringIO()))
-    bench = Bench(options, trainer.state.device, lambda: trainer._gradients)
+    path = directory / f"result-{world_size}.json"
+
+    def keep(result: dict[str, Any]) -> None:
+        if trainer.state.world.is_main:
+            path.write_text(json.dumps(result))
+
+    bench = Bench(options, trainer.state.device, lambda: trainer._gradients, keep)
     trainer.engine.hooks.append(bench)
     trainer.fit()
     state = trainer.state
@@ -282,8 +294,7 @@ def worker(options: argparse.Namespace) -> None:
         "parameters": sum(p.numel() for p in state.model.parameters()),
         "machine": machine(state.device),
     }
-    if state.world.is_main:
-        (directory / f"result-{world_size}.json").write_text(json.dumps(result))
+    keep(result)
     close_world(state.world)
 
 
@@ -304,7 +315,9 @@ def machine(device: torch.device) -> str:
 
 
 def start(world_size: int, directory: Path, argv: list[str], timeout_s: float) -> dict[str, Any]:
-    """Run all ranks of one world; raises RuntimeError with the last words of a rank that failed."""
+    """Run all ranks of one world. What takes too long is cut off, and what it had measured is returned; raises
+    RuntimeError with the last words of a rank that failed."""
+    result = directory / f"result-{world_size}.json"
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -321,13 +334,16 @@ def start(world_size: int, directory: Path, argv: list[str], timeout_s: float) -
     try:
         end = time.monotonic() + timeout_s
         codes = [process.wait(max(1.0, end - time.monotonic())) for process in processes]
+    except subprocess.TimeoutExpired:
+        codes = [] if result.exists() else [f"cut off after {timeout_s:.0f} s"] * world_size
+        print(f"{world_size} device(s): cut off after {timeout_s:.0f} s", flush=True)
     finally:
         for process in processes:
             process.kill()
     if any(codes):
         said = "\n".join(log.read_text()[-3000:] for log, code in zip(logs, codes, strict=True) if code)
         raise RuntimeError(f"{world_size} device(s): exit codes {codes}\n{said}")
-    return json.loads((directory / f"result-{world_size}.json").read_text())
+    return json.loads(result.read_text())
 
 
 def show(results: dict[str, Any]) -> None:
@@ -339,9 +355,12 @@ def show(results: dict[str, Any]) -> None:
             f"{row['optimizer_ms']:6.2f} ms"
         )
     many = results["many"]
+    print(f"scaling {100 * results['scaling']:.2f} %")
+    if "save_lost_ms" not in many or "ranks_identical" not in many:
+        print("cut off before everything was measured: give it a longer --timeout-s")
+        return
     print(
-        f"scaling {100 * results['scaling']:.2f} %; a save loses {many['save_lost_ms']:.1f} ms = "
-        f"{many['save_cost_percent_per_1000_steps']:.3f} % of 1,000 steps"
+        f"a save loses {many['save_lost_ms']:.1f} ms = {many['save_cost_percent_per_1000_steps']:.3f} % of 1,000 steps"
     )
     print(
         f"ranks {'identical' if many['ranks_identical'] else 'DIFFER'} after {many['switch_steps']} steps with "
@@ -388,7 +407,7 @@ def main() -> int:
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(results, indent=1) + "\n")
-    return 0 if many["ranks_identical"] else 1
+    return 0 if many.get("ranks_identical") else 1
 
 
 if __name__ == "__main__":

@@ -18,7 +18,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -65,23 +68,23 @@ class Row:
 def main() -> int:
     arguments = parse_arguments()
     device = torch.device("cuda")
-    rows = []
-    for length in arguments.lengths:
-        rows += [check_operator(name, length, device) for name in OPERATORS]
-        rows += [check_layer(name, length, arguments.dim, device) for name in LAYERS]
+    rows: list[Row] = []
     versions = {name: importlib.metadata.version(name) for name in ("torch", "triton", "fla-core")}
-    print(f"{torch.cuda.get_device_name()}, {versions}")
-    print(table(rows))
-    content = {
-        "device": torch.cuda.get_device_name(),
-        "versions": versions,
-        "limit": LIMIT,
-        "rows": list(map(asdict, rows)),
-    }
-    if arguments.out:
-        arguments.out.write_text(json.dumps(content, indent=1) + "\n")
-    print(json.dumps(content))
+    content: dict[str, Any] = {"device": torch.cuda.get_device_name(), "versions": versions, "limit": LIMIT}
+    print(f"{content['device']}, {versions}\n{HEADER}", flush=True)
+    for length, (check, name) in product(arguments.lengths, checks(arguments.dim)):
+        rows.append(check(name, length, device))
+        print(line(rows[-1]), flush=True)  # the first call of a kernel compiles for minutes
+        if arguments.out:
+            content["rows"] = list(map(asdict, rows))
+            arguments.out.write_text(json.dumps(content, indent=1) + "\n")
     return 0 if all(row.good for row in rows) else 1
+
+
+def checks(dim: int) -> list[tuple[Callable[[str, int, torch.device], Row], str]]:
+    """Every operator, then every layer of width dim, with the function that checks it."""
+    layer = partial(check_layer, dim=dim)
+    return [*((check_operator, name) for name in OPERATORS), *((layer, name) for name in LAYERS)]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -161,7 +164,7 @@ def check_operator(name: str, length: int, device: torch.device) -> Row:
 # layers ---------------------------------------------------------------------------------------------------------------
 
 
-def check_layer(name: str, length: int, dim: int, device: torch.device) -> Row:
+def check_layer(name: str, length: int, device: torch.device, dim: int) -> Row:
     torch.manual_seed(0)
     mixer = build(name, dim, **LAYERS[name]).to(device)
     x = torch.randn(BATCH, length, dim, device=device).bfloat16().requires_grad_()
@@ -248,19 +251,19 @@ def rms_ratio(got: Tensor, want: Tensor) -> float:
     return error / size if size > 0 else float(error > 0)
 
 
-def table(rows: list[Row]) -> str:
-    lines = ["what                    T     outputs  state    gradients (worst)              seconds"]
-    for row in rows:
-        gradients = {name: ratio for name, ratio in row.ratios.items() if name.startswith("grad ")}
-        worst = max(gradients, key=lambda name: gradients[name]) if gradients else ""
-        states = max((ratio for name, ratio in row.ratios.items() if name.startswith("state")), default=float("nan"))
-        output = row.ratios.get("y", row.ratios.get("o", float("nan")))
-        lines.append(
-            f"{row.what:22s} {row.length:5d}  {output:.5f}  {states:.5f}  "
-            + (f"{gradients[worst]:.5f} {worst:22s}" if worst else " " * 30)
-            + f" {row.seconds:6.1f}  {'ok' if row.good else 'OFF ' + row.error}"
-        )
-    return "\n".join(lines)
+HEADER = "what                    T     outputs  state    gradients (worst)              seconds"
+
+
+def line(row: Row) -> str:
+    gradients = {name: ratio for name, ratio in row.ratios.items() if name.startswith("grad ")}
+    worst = max(gradients, key=lambda name: gradients[name]) if gradients else ""
+    states = max((ratio for name, ratio in row.ratios.items() if name.startswith("state")), default=float("nan"))
+    output = row.ratios.get("y", row.ratios.get("o", float("nan")))
+    return (
+        f"{row.what:22s} {row.length:5d}  {output:.5f}  {states:.5f}  "
+        + (f"{gradients[worst]:.5f} {worst:22s}" if worst else " " * 30)
+        + f" {row.seconds:6.1f}  {'ok' if row.good else 'OFF ' + row.error}"
+    )
 
 
 if __name__ == "__main__":
