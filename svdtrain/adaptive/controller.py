@@ -279,7 +279,7 @@ class AdaptiveSVD:
                 target.W, target.W.grad, found[target.name], target.history, r=r, r_min=self.config.svd_min_rank
             )
             decisions.append(self._decide(target, measured, r, step))
-        changes = self._apply(decisions, found, step)
+        changes = self._apply(decisions, {t.name: found[t.name] for t in self._recomputed(decisions)}, step)
         for decision in decisions:
             decision.target.history = History.of(decision.target.W, found[decision.target.name], decision.r)
             self._remember(decision)
@@ -296,7 +296,7 @@ class AdaptiveSVD:
                 decisions.append(self._decide(target, monitor.measure(target.name, r), r, step))
             elif trouble:
                 self._warn(step, target.name, trouble)
-        recompute = [d.target for d in decisions if d.use_lowrank and self._transitions.needs_decomposition]
+        recompute = self._recomputed(decisions)
         found = self._decompose(recompute, step, "it stays as it is")
         failed = {target.name for target in recompute} - found.keys()
         decisions = [decision for decision in decisions if decision.target.name not in failed]
@@ -307,12 +307,16 @@ class AdaptiveSVD:
         monitor.install(found, step)
         return self._report(changes)
 
+    def _recomputed(self, decisions: list[Decision]) -> list[Target]:
+        """Whose split is computed anew, from an exact decomposition."""
+        wanted = [d.target for d in decisions if d.recomputes(self.config.recompute_every)]
+        return wanted if self._transitions.needs_decomposition else []
+
     def _decompose(self, targets: list[Target], step: int, otherwise: str) -> dict[str, Decomposition]:
         """All of them together; a warning that says what happens `otherwise` where it fails."""
         found: dict[str, Decomposition] = {}
-        if not targets:
-            return found
-        for target, outcome in zip(targets, decompose_all([t.W for t in targets]), strict=True):
+        outcomes = decompose_all([t.W for t in targets]) if targets else []
+        for target, outcome in zip(targets, outcomes, strict=True):
             if isinstance(outcome, str):
                 self._warn(step, target.name, f"decomposition failed ({outcome}); {otherwise}")
             else:
@@ -379,13 +383,12 @@ class AdaptiveSVD:
         return use_lowrank, r_next, diagnostics
 
     def _apply(self, decisions: list[Decision], found: Mapping[str, Decomposition], step: int) -> list[Change]:
-        """Bring the matrices into the decided modes and ranks, all together; the changes of mode or rank."""
+        """Bring the matrices into the decided modes and ranks, all together. What stays low-rank and is not in `found`
+        keeps its split."""
         before = [(d.target.lowrank, d.target.num_free_directions) for d in decisions]
-        moves = (
-            Move(target=d.target, r=d.r if d.use_lowrank else None, decomposition=found.get(d.target.name))
-            for d in decisions
-        )
-        self._transitions.carry_out(list(moves))
+        moving = [d for d in decisions if not (d.use_lowrank and d.target.lowrank) or d.target.name in found]
+        moves = [Move(target=d.target, r=d.new_rank, decomposition=found.get(d.target.name)) for d in moving]
+        self._transitions.carry_out(moves)
         changes = (change_made(d, *then, step) for d, then in zip(decisions, before, strict=True))
         return [change for change in changes if change is not None]
 

@@ -104,6 +104,17 @@ class Decision:
     r: int
     diagnostics: dict[str, Any]
 
+    @property
+    def new_rank(self) -> int | None:
+        """r in low-rank mode; None for full training."""
+        return self.r if self.use_lowrank else None
+
+    def recomputes(self, every: int) -> bool:
+        """Whether the split of W is computed anew: on entering low-rank mode, with a new rank there, and else at every
+        so many decisions."""
+        stays = self.target.lowrank and self.r == self.target.r
+        return self.use_lowrank and not (stays and self.target.analyses_in_mode % every)
+
 
 def change_made(decision: Decision, was_lowrank: bool, r_old: int, step: int) -> Change | None:
     """What a decision that was carried out has changed of the mode and rank before it; None: neither."""

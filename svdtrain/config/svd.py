@@ -91,6 +91,9 @@ class SVDConfig:
     """What decides: evidence against chance (lift, z, rotation ratio), or the fixed shares of the original design."""
     svd_min_dwell: int = advanced(3)
     """Analyses that a matrix stays in a mode before the calibrated rule may change it again."""
+    svd_recompute_every: int = advanced(2)
+    """Decisions between two exact recomputations of the split of a matrix that stays low-rank at the same rank, which
+    are the dearest part of the method; a new rank recomputes at once, and the original rule always does."""
     svd_protect: Literal["minor", "core", "middle", "principal", "random", "activation"] = "minor"
     """What low-rank mode trains (minor, middle, principal, random singular directions), or what it keeps updates out
     of: core (the principal-principal block), activation (the principal inputs of a reference set)."""
@@ -128,6 +131,7 @@ class SVDConfig:
         require(self.svd_min_rank >= 1, f"--svd-min-rank must be at least 1, got {self.svd_min_rank}")
         require(self.svd_warmup >= 0, f"--svd-warmup must not be negative, got {self.svd_warmup}")
         require(self.svd_min_dwell >= 0, f"--svd-min-dwell must not be negative, got {self.svd_min_dwell}")
+        require(self.svd_recompute_every >= 1, "--svd-recompute-every must be at least 1")
         require(
             0 < self.svd_protect_share < 1,
             f"--svd-protect-share must lie between 0 and 1, e.g. 0.25; got {self.svd_protect_share}",
@@ -181,6 +185,11 @@ class SVDConfig:
         if self.svd_rule != "calibrated":
             return None
         return CALIBRATED_PRESETS.get(self.svd_preset, CALIBRATED_PRESETS["conservative"])
+
+    @property
+    def recompute_every(self) -> int:
+        """`svd_recompute_every`; 1 under the original rule."""
+        return 1 if self.calibrated is None else self.svd_recompute_every
 
     @property
     def thresholds(self) -> PolicyThresholds:

@@ -138,24 +138,34 @@ def test_resume_is_exact_around_a_switch(stop: int) -> None:
         assert torch.equal(p, q)
 
 
-def test_decomposes_only_what_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One matrix switches at step 8 and is recomputed at 12; the other is never decomposed by the controller."""
+@pytest.mark.parametrize(
+    ("every", "falls_at", "expected"),
+    [(1, 0, [8, 12, 16]), (2, 0, [8, 16]), (3, 0, [8]), (3, 12, [8, 12])],
+    ids=["each decision", "every second", "every third", "a new rank at once"],
+)
+def test_decomposes_only_what_changes(
+    every: int, falls_at: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One matrix switches at step 8 and is recomputed afterwards; the other is never decomposed by the controller."""
     asked: list[int] = []
+    now = [0]
     decompose = controller.decompose_all
 
     def counting(matrices: list[Tensor]) -> list[Any]:
-        asked.append(len(matrices))
+        assert len(matrices) == 1
+        asked.append(now[0])
         return decompose(matrices)
 
     def decide(measured: Any, thresholds: Any, *, r: int, step: int, lowrank: bool, **rest: Any) -> Any:
+        now[0] = step
         attacked = step >= 8 and measured.gradient_lift > 2
-        return lowrank or attacked, r, {"reason": "scripted"}
+        return lowrank or attacked, r - (lowrank and step == falls_at), {"reason": "scripted"}
 
     monkeypatch.setattr(controller, "decompose_all", counting)
     monkeypatch.setattr(controller, "should_use_lowrank_training", decide)
-    run = Run(svd_switching=True).steps(0, 14, attack_from=5)
-    assert [change.split(" ->")[0] for change in run.changes] == [NAMES[0]]
-    assert asked == [1, 1]
+    run = Run(svd_switching=True, svd_recompute_every=every).steps(0, 18, attack_from=5)
+    assert [change.split(" ->")[0] for change in run.changes] == [NAMES[0]] * (2 if falls_at else 1)
+    assert asked == expected
 
 
 def test_trouble_is_said_and_training_goes_on(caplog: pytest.LogCaptureFixture) -> None:
