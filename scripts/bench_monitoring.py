@@ -5,8 +5,8 @@
 
 * monitoring: blocks of steps with and without it take turns; the cost is the difference of their mean step times.
 * host syncs: what torch's debug mode counts in the training thread during a step with monitoring against one without.
-* switching: every watched matrix enters low-rank mode in one step (stall), is recomputed while it stays there (amortised
-  over the steps from one recomputation to the next), and goes back. The stall is split into the exact decompositions and everything else.
+* switching: every watched matrix enters low-rank mode in one step (stall), is recomputed while it stays there
+  (amortised over the steps between two recomputations), and goes back; and how much of it is exact decompositions.
 * recompiles: graphs of the compiled model before and after at least 100 switches and rank changes.
 * memory: bytes added for several r/g, by kind.
 """
