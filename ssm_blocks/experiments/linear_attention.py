@@ -50,7 +50,7 @@ class DenseLinearAttention(RecurrentMixer):
         x = (inputs["q"], inputs["k"], inputs["v"], inputs["log_decay"], state["S"])
         if call.form != "parallel":
             o, S = linear_attention_reference(*x)
-        elif fla.use_fla(self.backend, call.dtype, inputs["q"].device, self.head_dim):
+        elif fla.use_fla(self.backend, call.dtype, inputs["q"].device, self.head_dim, decays=True):
             o, S = fla.linear_attention(*x, call.dtype)
         else:
             o, S = chunk_linear_attention(*x, self.chunk)

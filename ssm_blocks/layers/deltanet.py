@@ -135,7 +135,7 @@ class DeltaNet(RecurrentMixer):
             o, S = self._permuted(core, x["entry"], x["weights"], state["S"], call)
         elif call.form != "parallel":
             o, S = delta_rule_reference(*core, x.get("log_decay"), state["S"])
-        elif self._uses_fla(call, state["S"]):
+        elif self._uses_fla(call, state["S"], decays="log_decay" in x):
             o, S = fla.delta_rule(*core, x.get("log_decay"), state["S"], call.dtype)
         else:
             o, S = chunk_delta_rule(*core, x.get("log_decay"), state["S"], self.chunk, self.inverse)
@@ -160,8 +160,8 @@ class DeltaNet(RecurrentMixer):
             kernel = partial(chunk_delta_rule, chunk=self.chunk, inverse=self.inverse)
         return permuted_delta_rule(*core, index, sign, S, kernel)
 
-    def _uses_fla(self, call: Call, S: Tensor) -> bool:
-        return fla.use_fla(self.backend, call.dtype, S.device, max(self.key_dim, self.value_dim))
+    def _uses_fla(self, call: Call, S: Tensor, decays: bool = False) -> bool:
+        return fla.use_fla(self.backend, call.dtype, S.device, max(self.key_dim, self.value_dim), decays)
 
 
 def _one_step_per_row(inputs: Inputs, steps: int) -> Inputs:

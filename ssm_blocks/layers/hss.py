@@ -158,7 +158,7 @@ class SegmentedHSS(RecurrentMixer):
         flat = S.flatten(1, 2)
         if call.form == "step":
             o, last = linear_attention_reference(q, k, v, decay, flat)
-        elif q.size(-1) >= 16 and fla.use_fla(self.backend, call.dtype, q.device, q.size(-1)):
+        elif q.size(-1) >= 16 and fla.use_fla(self.backend, call.dtype, q.device, q.size(-1), decays=True):
             o, last = fla.linear_attention(q, k, v, decay, flat, call.dtype)
         else:
             o, last = chunk_linear_attention(q, k, v, decay, flat, self.chunk)

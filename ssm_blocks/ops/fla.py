@@ -9,20 +9,27 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ssm_blocks.ops import installed
+
 LARGEST_HEAD = 256  # what its delta-rule kernels take
+HOPPER = 9  # major compute capability
+WRONG_DECAYS = (3, 4), (3, 7, 1)
+"""From the first to before the second of these versions, triton compiles the gradients of decays wrongly for Hopper
+GPUs, and fla refuses them (its issue 640)."""
 
 
-def use_fla(backend: str, dtype: torch.dtype, device: torch.device, head_dim: int) -> bool:
-    """Whether to call fla. auto: on CUDA, in bf16 or fp16, heads of at most 256, and if it is installed.
+def use_fla(backend: str, dtype: torch.dtype, device: torch.device, head_dim: int, decays: bool = False) -> bool:
+    """Whether to call fla. auto: on CUDA, in bf16 or fp16, heads of at most 256, and if it is installed. decays: the
+    kernel is one with decays, whose gradients not every triton compiles rightly.
 
     Raises ValueError when backend is "fla" and one of these does not hold.
     """
     if backend not in ("auto", "fla"):
         return False
-    reason = _obstacle(dtype, device, head_dim)
+    reason = _obstacle(dtype, device, head_dim) or (_trouble_with_decays(device) if decays else "")
     if backend == "fla" and reason:
         raise ValueError(f"backend='fla' {reason}; use backend='auto' or 'torch'")
-    if device.type == "cuda" and reason and "fla-core" in reason:
+    if device.type == "cuda" and ("fla-core" in reason or "tilelang" in reason):
         _say_once(reason)
     return not reason
 
@@ -39,7 +46,17 @@ def _obstacle(dtype: torch.dtype, device: torch.device, head_dim: int) -> str:
     return ""
 
 
-@lru_cache(maxsize=1)
+def _trouble_with_decays(device: torch.device) -> str:
+    first, mended = WRONG_DECAYS
+    version = installed.triton_version()
+    if not torch.is_grad_enabled() or not first <= installed.numbers(version) < mended:
+        return ""
+    if torch.cuda.get_device_capability(device)[0] != HOPPER or importlib.util.find_spec("tilelang") is not None:
+        return ""
+    return f"has no right gradients of decays on Hopper GPUs with triton {version} (they need >= 3.7.1, or tilelang)"
+
+
+@lru_cache(maxsize=2)
 def _say_once(reason: str) -> None:
     warnings.warn(f"the fast kernels' backend {reason}: running the slower torch form", stacklevel=4)
 

@@ -11,9 +11,7 @@ Triton is imported only when a kernel runs.
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
-import re
 import warnings
 from functools import lru_cache
 from typing import Any
@@ -22,11 +20,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ssm_blocks.ops import installed
+
 LARGEST_STATE = 64  # a matrix of 64 x 64 is what 4 warps keep in registers
 MOST_REFLECTIONS = 8  # per block; the kernel's text grows with them, and whole matrices cost no more then
 STATE_TYPE = torch.float32
 OLDEST = (3, 3)  # of triton: the first whose compiler was seen to take the kernels
-PACKAGES = ("triton", "pytorch-triton", "pytorch-triton-rocm")  # torch's builds bring it under one of these names
 
 
 def use_triton(backend: str, dtype: torch.dtype, device: torch.device, state_size: int) -> bool:
@@ -53,21 +52,10 @@ def _obstacle(dtype: torch.dtype, device: torch.device, state_size: int, may_int
         return f"keeps states in {STATE_TYPE}, these are {dtype}"
     if state_size > LARGEST_STATE:
         return f"takes states of at most {LARGEST_STATE} numbers a head, these have {state_size}"
-    version = _installed_triton()
-    if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST:
+    version = installed.triton_version()
+    if installed.numbers(version) < OLDEST:
         there = f"{version} is installed" if version else "which is not installed"
         return f"needs the package triton >= {'.'.join(map(str, OLDEST))}, {there}"
-    return ""
-
-
-@lru_cache(maxsize=1)
-def _installed_triton() -> str:
-    """Version, or "" where there is none; read without importing it."""
-    for name in PACKAGES:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return ""
 
 

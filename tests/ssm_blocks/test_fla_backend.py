@@ -59,7 +59,7 @@ def _stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     for name, kernel in kernels.items():
         setattr(sys.modules[name], kernel.__name__, kernel)
-    monkeypatch.setattr(fla, "use_fla", lambda backend, *_: backend == "fla")
+    monkeypatch.setattr(fla, "use_fla", lambda backend, *_, **__: backend == "fla")
 
 
 @pytest.mark.usefixtures("_stand_in")
@@ -96,6 +96,37 @@ def test_when_fla_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
             fla.use_fla("fla", dtype, device, head)
     for backend in ("torch", "reference"):
         assert not fla.use_fla(backend, torch.bfloat16, CUDA, 64)
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "tilelang", "taken"),
+    [
+        ("3.6.0", 9, False, False),
+        ("3.6.0", 9, True, True),
+        ("3.6.0", 8, False, True),
+        ("3.3.1", 9, False, True),
+        ("3.7.1", 9, False, True),
+    ],
+)
+def test_gradients_of_decays_that_triton_gets_wrong(
+    version: str, capability: int, tilelang: bool, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fla raises in such a backward pass, so nothing with decays may begin on it; without gradients it is right."""
+    monkeypatch.setattr(fla.importlib.util, "find_spec", lambda name: object() if name == "fla" or tilelang else None)
+    monkeypatch.setattr(fla.installed, "triton_version", lambda: version)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (capability, 0))
+    fla._say_once.cache_clear()
+    asked = ("auto", torch.bfloat16, CUDA, 64)
+    if taken:
+        assert fla.use_fla(*asked, decays=True)
+    else:
+        with pytest.warns(UserWarning, match=r"triton 3\.6\.0"):
+            assert not fla.use_fla(*asked, decays=True)
+        with pytest.raises(ValueError, match="tilelang"):
+            fla.use_fla("fla", *asked[1:], decays=True)
+    assert fla.use_fla(*asked)
+    with torch.no_grad():
+        assert fla.use_fla(*asked, decays=True)
 
 
 def test_a_missing_fla_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:

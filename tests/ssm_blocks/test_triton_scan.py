@@ -178,7 +178,7 @@ def test_packed_sequences() -> None:
 
 
 def test_when_triton_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_scan, "_installed_triton", lambda: "3.10.0")
+    monkeypatch.setattr(triton_scan.installed, "triton_version", lambda: "3.10.0")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     for backend in ("auto", "triton"):
         assert triton_scan.use_triton(backend, torch.float32, CUDA, 64)
@@ -195,7 +195,7 @@ def test_when_triton_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_interpreter_is_only_for_those_who_ask(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_scan, "_installed_triton", lambda: "3.10.0")
+    monkeypatch.setattr(triton_scan.installed, "triton_version", lambda: "3.10.0")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert triton_scan.use_triton("triton", torch.float32, CPU, 16)
     assert not triton_scan.use_triton("auto", torch.float32, CPU, 16)
@@ -203,7 +203,7 @@ def test_the_interpreter_is_only_for_those_who_ask(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize(("version", "words"), [("", "not installed"), ("3.2.0", "3.3, 3.2.0 is installed")])
 def test_a_missing_or_old_triton_is_said_once(version: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_scan, "_installed_triton", lambda: version)
+    monkeypatch.setattr(triton_scan.installed, "triton_version", lambda: version)
     triton_scan._say_once.cache_clear()
     with pytest.warns(UserWarning, match=words):
         assert not triton_scan.use_triton("auto", torch.float32, CUDA, 16)
