@@ -17,25 +17,31 @@ FIRST_SEED = 1337
 ARMS = {
     "full": {"svd-preset": "off"},
     "original-rule": {"svd-preset": "fast", "svd-rule": "original"},
-    "calibrated-rule": {"svd-preset": "fast", "svd-rule": "calibrated"},
+    "calibrated-rule": {"svd-preset": "fast", "svd-rule": "calibrated", "svd-recompute-every": 1},
+    "calibrated-rule-half": {"svd-preset": "fast", "svd-rule": "calibrated", "svd-recompute-every": 2},
 }
+"""The last two: the split of a low-rank matrix is computed anew at every decision, or at every second."""
+DEFAULT = "full,original-rule,calibrated-rule"
 
 
 def main() -> None:
     parser = experiment_parser(__doc__, "phase2")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--arms", default=DEFAULT, help=f"of {', '.join(ARMS)}")
     arguments = parser.parse_args()
     flags = {**REFERENCE_SIZES, "data": arguments.data, "device": arguments.device, "dtype": "fp32", "compile": "off"}
     arms = [
-        Arm(name=name, seed=FIRST_SEED + i, flags={**flags, **extra})
+        Arm(name=name, seed=FIRST_SEED + i, flags={**flags, **ARMS[name]})
         for i in range(arguments.seeds)
-        for name, extra in ARMS.items()
+        for name in arguments.arms.split(",")
     ]
     rows = run_arms(arms, arguments.runs, parallel=arguments.parallel)
     for row in rows:
         if row["seed"] != FIRST_SEED:
             row["layers"] = {}  # one seed is enough for the figure; the rest would only make the file large
     command = f"python scripts/experiments/phase2.py --data DIR --device {arguments.device} --seeds {arguments.seeds}"
+    if arguments.arms != DEFAULT:
+        command += f" --arms {arguments.arms}"
     write_rows(rows, arguments.out, command)
 
 
