@@ -48,8 +48,96 @@ def monitoring(content: dict[str, Any]) -> str:
             for row in content["rows"]
         ),
     ]
-    flags = " ".join(part for part in content["argv"] if not part.endswith(".json") and part != "--out")
-    lines += ["", f"`python scripts/bench_monitoring.py {flags}`, on {content['machine']}."]
+    lines += ["", f"`python scripts/bench_monitoring.py {_flags(content['argv'])}`, on {content['machine']}."]
+    return "\n".join(lines) + "\n"
+
+
+def _flags(argv: list[str]) -> str:
+    return " ".join(part for part in argv if not part.endswith(".json") and part != "--out")
+
+
+def switching(content: dict[str, Any]) -> str:
+    """What moving matrices between modes costs on a GPU."""
+    lines = [
+        "### Switching",
+        "",
+        "All 80 attention matrices of depth 20 in one step, moments mapped, the step's own time taken off.",
+        "",
+        "| | value | | note |",
+        "|---|---|---|---|",
+        *(
+            f"| {row['name'].strip()} | {row['value']:,.2f} | {row['unit']} | {row['note']} |"
+            for row in content["rows"]
+        ),
+        "",
+        f"`python scripts/bench_monitoring.py {_flags(content['argv'])}`, on {content['machine']}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def nanochat(content: dict[str, Any]) -> str:
+    """In the real nanochat: blocks of steps with and without monitoring."""
+    gpus = content["ranks"]
+    lines = [
+        f"### In nanochat, {'one GPU' if gpus == 1 else f'{gpus} GPUs'}",
+        "",
+        "Depth 12, steps of 524,288 tokens, 48 attention matrices; blocks of 20 steps take turns, each unwatched one",
+        "before a watched one leaves its bases 20 steps old. Speed of watched steps as a share of unwatched ones, in",
+        "brackets the slowest and the fastest block.",
+        "",
+        "| block | steps | tokens/s | by the mean step | by the median step |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in content["blocks"].items():
+        if row["relative_mean"] is not None and row["steps"] >= 20:
+            shares = (_share(row["relative_mean"], row["relative_mean_of_blocks"]),
+                      _share(row["relative_median"], row["relative_median_of_blocks"]))  # fmt: skip
+            lines.append(f"| {name} | {row['steps']} | {row['tokens_per_second']:,.0f} | {' | '.join(shares)} |")
+    torn = len(content["tensors_that_differ_between_ranks"])
+    lines += [
+        "",
+        f"{content['num_changes']} changes of mode and rank by hand in {content['num_steps']} steps,",
+        f"{content['recompiles']} recompiled graphs"
+        + ("." if gpus == 1 else f"; {torn} tensors differ between ranks."),
+        "",
+        f"`{'' if gpus == 1 else f'torchrun --standalone --nproc_per_node={gpus} '}"
+        f"{'python ' if gpus == 1 else ''}scripts/bench_nanochat.py --nanochat DIR`, on H200.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _share(value: float, blocks: list[float]) -> str:
+    return f"{value:.4f} ({min(blocks):.4f} to {max(blocks):.4f})"
+
+
+def scaling(content: dict[str, Any]) -> str:
+    """Two GPUs against one, and what a save costs."""
+    one, many, settings = content["one"], content["many"], content["settings"]
+    gpus, save = many["world_size"], many["saves"][-1]
+    same = "are the same on all ranks" if many["ranks_identical"] else "DIFFER between ranks"
+    lines = [
+        f"### {gpus} GPUs",
+        "",
+        f"Our trainer at depth {settings['depth']}, {int(settings['tokens_per_device']):,} tokens a step and GPU,"
+        " monitoring on.",
+        "",
+        "| GPUs | tokens/s | step ms | waiting for the exchange, ms | optimizer, ms |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {row['world_size']} | {row['tokens_per_s']:,.0f} | {1e3 * row['step_s']:.1f} | "
+            f"{row['exchange_ms']:.2f} | {row['optimizer_ms']:.2f} |"
+            for row in (one, many)
+        ),
+        "",
+        f"Scaling {100 * content['scaling']:.1f} %. One asynchronous save of {save['gib']:.2f} GiB, durable after",
+        f"{save['durable_after_s']:.0f} s, loses {many['save_lost_ms'] / 1e3:.1f} s:"
+        f" {many['save_cost_percent_per_1000_steps']:.2f} % of 1,000 steps.",
+        f"After {many['switch_steps']} steps with {many['switches']} switches of {many['matrices']} matrices, all",
+        f"weights and optimizer state {same}.",
+        "",
+        f"`python scripts/bench_scaling.py --depth {settings['depth']} --warmup {settings['warmup']} --steps"
+        f" {settings['steps']} --saves {settings['saves']}`, on {gpus} x {many['machine']}.",
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -157,11 +157,7 @@ def _rotations(rows: list[Row]) -> str:
 
 
 def _alarms(rows: list[Row]) -> str:
-    events = [(alarm["harm"], row, alarm) for row in rows for alarm in row.get("alarms", [])]
-    if not any("alarms" in row for row in rows):  # rows of an earlier form
-        moves = [change for row in rows for change in row["switches"] if change["reason"] == "alarm"]
-        steps = {(row["seed"], change["step"]) for row in rows for change in row["switches"] if change in moves}
-        return f"{len(moves)} moves to low-rank by an alarm about first-seen text, at {len(steps)} different steps."
+    events = [(alarm["harm"], row, alarm) for row in rows for alarm in row["alarms"]]
     if not events:
         return "no alarm was raised."
     harm, row, alarm = max(events, key=lambda event: event[0])
@@ -266,7 +262,15 @@ def _spread(values: list[float]) -> float:
 
 
 SECTIONS = {"phase1": phase1, "phase2": phase2, "shift": shift}
-COSTS = {"spectral": cost_tables.spectral, "monitoring_cpu": cost_tables.monitoring, "sinks": cost_tables.sinks}
+COSTS = {
+    "spectral": cost_tables.spectral,
+    "switching": cost_tables.switching,
+    "nanochat": cost_tables.nanochat,
+    "nanochat_two_gpus": cost_tables.nanochat,
+    "monitoring_cpu": cost_tables.monitoring,
+    "sinks": cost_tables.sinks,
+    "scaling": cost_tables.scaling,
+}
 
 if __name__ == "__main__":
     sys.exit(main())
