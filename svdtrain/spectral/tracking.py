@@ -52,7 +52,7 @@ class TrackerSettings:
     exact_every: int = 20
     """Every so many analyses the exact decomposition; 1: always. Warm errors do not add up, so age is the least of the
     three reasons for one; every tenth time it was two fifths of what tracking costs."""
-    exact_interval_factor: int = 8
+    exact_interval_factor: int = 4
     """Matrices too wide to track (see widest_share) are analysed this many times less often, exactly."""
     oversample: int = 32
     """Directions carried beside the k principal ones."""
