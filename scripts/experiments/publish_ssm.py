@@ -6,6 +6,7 @@ python scripts/experiments/publish_ssm.py        from docs/results/ssm/NAME.json
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 from pathlib import Path
@@ -43,6 +44,9 @@ def main(argv: list[str] | None = None) -> int:
         rows = current(catalogue.experiment(name), Store(docs / "results" / "ssm" / f"{name}.jsonl").rows())
         if rows:
             sections.append(section(catalogue.experiment(name), rows, docs / "figures"))
+    timed = docs / "results" / "monarch.json"
+    if timed.exists():
+        sections.append(kernel(json.loads(timed.read_text())))
     if not sections:
         print(f"error: no rows in {docs / 'results' / 'ssm'}", file=sys.stderr)
         return 1
@@ -50,6 +54,30 @@ def main(argv: list[str] | None = None) -> int:
     page.write_text("\n".join([INTRODUCTION, *sections]))
     print(f"wrote {page.name}: {len(sections)} experiments")
     return 0
+
+
+def kernel(content: dict[str, Any]) -> str:
+    """The Monarch recurrence in Triton against the scans in torch."""
+    worst = max(max(check["ratios"]["triton"].values()) for check in content["checks"])
+    arguments = content["arguments"]
+    lines = [
+        "## The Monarch kernel",
+        "",
+        f"One walk through time in Triton against the scans in torch, {arguments['dtype']}, milliseconds (median).",
+        f"States and gradients of {len(content['checks'])} cases differ from float64 by {worst:.1e} at most (RMS).",
+        "",
+        "| batch x tokens x width | heads | form | layer, forward | both ways | recurrence, forward | both ways | GB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in content["rows"]:
+        times = (
+            [f"{ms:.2f}" for ms in (*row["layer"], *row["recurrence"])] if row["layer"] else [row["error"], "", "", ""]
+        )
+        memory = f"{row['memory_gb']:.2f}" if row["layer"] else ""
+        shape = " x ".join(map(str, row["shape"]))
+        lines.append(f"| {shape} | {row['heads']} | {row['form']} | {' | '.join(times)} | {memory} |")
+    lines += ["", f"`python scripts/bench_monarch.py`, on {content['device']}, torch {content['torch']}.", ""]
+    return "\n".join(lines)
 
 
 def current(experiment: Experiment, rows: list[Row]) -> list[Row]:

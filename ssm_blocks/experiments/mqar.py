@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from ssm_blocks.experiments.experiment import Arm, Column, Criterion, Row, at_length, criterion, values_of
 from ssm_blocks.experiments.models import LSTM
@@ -43,6 +43,12 @@ class MQAR(TokenExperiment):
         number("steps", "steps"),
     )
     curve, curve_label = "token", "accuracy of all answers"
+
+    reasons: ClassVar = {
+        "monarch, 4 pairs": "it stays where the diagonal models are. The state is read through one matrix for all "
+        "tokens, so a query does not choose what is read, as in a delta rule it does; two layers found no way around "
+        "that in the steps they had."
+    }
 
     def task(self, config: Any) -> Task:
         return Recall(config)
