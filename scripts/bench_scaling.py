@@ -35,16 +35,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
 import torch
 import torch.distributed as dist
+from random_tokens import random_data, write_tokens
 from rich.console import Console
 from torch import Tensor
 
 from svdtrain import build
 from svdtrain.config import RunConfig, defaults_for_depth, merge_settings
-from svdtrain.data.prepare import PreparedData
-from svdtrain.data.token_files import TokenFiles
 from svdtrain.hooks.adaptive_svd import AdaptiveSVDHook
 from svdtrain.trainer.distributed import close_world
 from svdtrain.trainer.hooks import Hook, Priority
@@ -52,45 +50,6 @@ from svdtrain.trainer.state import TrainState
 
 INTERVAL = 20  # svd_interval: windows are whole multiples, so that each has its share of analyses
 STEPS_PER_SAVE = 1000
-NUM_TOKENS = {"train": 20_000_000, "val": 1_000_000}
-
-
-class RandomTokenizer:
-    """As much of a tokenizer as a run on random tokens needs."""
-
-    bos_id = 0
-
-    def __init__(self, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
-
-    def encode(self, text: str) -> list[int]:
-        return [1 + ord(character) % 200 for character in text]
-
-    def decode(self, ids: list[int]) -> str:
-        return " ".join(map(str, ids))
-
-    def token_bytes(self) -> Tensor:
-        return torch.ones(self.vocab_size, dtype=torch.int32)
-
-
-def write_tokens(directory: Path, vocab_size: int) -> None:
-    """Tokens with the frequencies of a language (Zipf), the same every time."""
-    generator = np.random.default_rng(0)
-    for split, count in NUM_TOKENS.items():
-        ids = generator.zipf(1.2, size=count) % (vocab_size - 1) + 1
-        (directory / f"{split}_00000.bin").write_bytes(ids.astype(np.uint16).tobytes())
-
-
-def random_data(directory: Path, vocab_size: int) -> PreparedData:
-    def files(split: str) -> TokenFiles:
-        count = NUM_TOKENS[split]
-        return TokenFiles(
-            directory=directory, split=split, num_tokens=count, num_documents=1, num_bytes=count, bos_id=0,
-            shard_tokens=count,
-        )  # fmt: skip
-
-    tokenizer: Any = RandomTokenizer(vocab_size)
-    return PreparedData(name="random", fingerprint="", tokenizer=tokenizer, train=files("train"), val=files("val"))
 
 
 class Clock:
