@@ -27,6 +27,7 @@ DEEP = "Transpositions, two layers"
 SMALL = "Transpositions, one layer, n = 9 states: blocks of 3 hold no S5; two reflections a block, or one"
 HARD = "All 120 elements as tokens, one layer"
 HARD_LONG = "All 120 elements as tokens, one layer, trained up to T=128"
+LONG_PAIR = ("monarch_120_long", "deltaproduct4_120_long")
 TIME = "Time of a training step (256 sequences of 20), alone on the machine"
 
 
@@ -88,8 +89,9 @@ class S5(TokenExperiment):
             criterion("120 tokens: monarch, final at T=20", values_of(rows, "monarch_120", final), above=0.85),
             criterion(
                 "120 tokens, trained to 128: monarch minus deltaproduct (n_h = 4), final at T=160",
-                _differences(rows, "monarch_120_long", "deltaproduct4_120_long", 160),
+                _differences(rows, *LONG_PAIR, 160),
                 above=-0.02,
+                runs=min(len(values_of(rows, name, final)) for name in LONG_PAIR),
             ),
         ]
 
