@@ -20,6 +20,7 @@ from svdtrain.adaptive.precision import full_precision
 from svdtrain.adaptive.stacks import runs_of_equals
 
 _NEWTON_STEPS = 4
+_WORTH_STACKING = 4  # so many equal matrices; stacking itself takes as many launches as three by themselves
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -37,8 +38,9 @@ def project_gradients(lowrank: Sequence[FactoredWeight]) -> None:
     for factors in lowrank:
         factors.clear_gradients()
     for alike in _alike([factors for factors in lowrank if factors.W.grad is not None]):
-        if len(alike) == 1:  # nothing to gain from a stack
-            alike[0].project_gradient()
+        if len(alike) < _WORTH_STACKING:
+            for factors in alike:
+                factors.project_gradient()
             continue
         with full_precision(alike[0].W.device):
             G = torch.stack([factors.W.grad for factors in alike if factors.W.grad is not None])
@@ -51,8 +53,9 @@ def project_gradients(lowrank: Sequence[FactoredWeight]) -> None:
 def merge(lowrank: Sequence[FactoredWeight]) -> None:
     """W <- W_p + B A of each, in place."""
     for alike in _alike(lowrank):
-        if len(alike) == 1:
-            alike[0].merge()
+        if len(alike) < _WORTH_STACKING:
+            for factors in alike:
+                factors.merge()
             continue
         with full_precision(alike[0].W.device):
             dense = torch.stack([factors.W_p for factors in alike])

@@ -9,7 +9,7 @@ Every rule steps each factor by itself; many come together so that they take few
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,7 +69,7 @@ def _adam(function: Callable[..., None], params: Sequence[nn.Parameter], states:
         state["step"] = torch.as_tensor(state.get("step", 0.0), dtype=torch.float32).cpu()
         for key in ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if amsgrad else ())):
             _start_at_zero(state, key, p)
-    for alike, own in _runs(params, states, by_shape=False):
+    for alike, own in _taken_apart(params, states, [("any", p.numel()) for p in params]):
         function(
             alike, [_gradient(p) for p in alike], [s["exp_avg"] for s in own], [s["exp_avg_sq"] for s in own],
             [s["max_exp_avg_sq"] for s in own] if amsgrad else [], [s["step"] for s in own],
@@ -83,7 +83,7 @@ def _adam(function: Callable[..., None], params: Sequence[nn.Parameter], states:
 @torch.no_grad()
 def sgd_step(params: Sequence[nn.Parameter], states: Sequence[State], group: Group) -> None:
     """torch's SGD. State of each: momentum_buffer."""
-    for alike, own in _runs(params, states, by_shape=False):
+    for alike, own in _taken_apart(params, states, [("any", p.numel()) for p in params]):
         buffers = [state.get("momentum_buffer") for state in own]
         sgd(
             alike, [_gradient(p) for p in alike], buffers, foreach=_of_one_type(alike, buffers), fused=False,
@@ -104,19 +104,48 @@ def muon_step(params: Sequence[nn.Parameter], states: Sequence[State], group: Gr
     """
     for p, state in zip(params, states, strict=True):
         _start_at_zero(state, "momentum_buffer", p)
-    for alike, own in _runs(params, states, by_shape=True):
-        _muon_step_of_equals(alike, [state["momentum_buffer"] for state in own], group)
+    for alike, own in _taken_apart(params, states, [_padded_kind(p) for p in params]):
+        _muon_step_of_alike(alike, [state["momentum_buffer"] for state in own], group)
 
 
-def _muon_step_of_equals(params: list[nn.Parameter], buffers: list[Tensor], group: Group) -> None:
-    """`muon_step` of equal shapes; every line is that of one matrix, over all of them."""
+def _muon_step_of_alike(params: list[Tensor], buffers: list[Tensor], group: Group) -> None:
+    """`muon_step` of nearly equal shapes; every line is that of one matrix, over all of them."""
     momentum, lr, decay = float(group.get("momentum", 0.95)), float(group["lr"]), float(group.get("weight_decay", 0.0))
     grads = [_gradient(p) for p in params]
     torch._foreach_lerp_(buffers, grads, 1 - momentum)
     ahead = torch._foreach_lerp(grads, buffers, momentum) if group.get("nesterov", True) else buffers
-    updates = orthogonalise(torch.stack(list(ahead))).unbind()
+    stack = _padded_stack(list(ahead))
+    updates = orthogonalise(stack).unbind()
     torch._foreach_mul_(params, 1 - lr * decay)
-    torch._foreach_add_(params, list(updates), alpha=-lr * muon_scale(params[0].shape, group))
+    if all(p.shape == stack.shape[1:] for p in params):
+        torch._foreach_add_(params, list(updates), alpha=-lr * muon_scale(params[0].shape, group))
+        return
+    for p, update in zip(params, updates, strict=True):
+        m, n = p.shape
+        own_norm = math.sqrt(min(m, n) / min(update.shape))  # that of the padded one is min(update.shape)^1/2
+        p.add_(update[:m, :n], alpha=-lr * muon_scale(p.shape, group) * own_norm)
+
+
+def _padded_kind(p: Tensor) -> tuple[Hashable, int]:
+    """What factors share that are orthogonalised as one stack, and the size that each takes there at most.
+
+    Ranks drift apart in training, so factors whose shorter sides fall into the same eighth of the longer one go
+    together: rows and columns of zeros stay zero in the iteration and change nothing else.
+    """
+    short, long = sorted(p.shape)
+    eighths = math.ceil(8 * short / long)
+    return (p.shape[0] > p.shape[1], long, eighths), long * math.ceil(eighths * long / 8)
+
+
+def _padded_stack(matrices: Sequence[Tensor]) -> Tensor:
+    """Stack [N, m, n] of matrices of at most m x n, the smaller ones filled up with zeros."""
+    m, n = (max(t.shape[side] for t in matrices) for side in (0, 1))
+    if all(t.shape == (m, n) for t in matrices):
+        return torch.stack(list(matrices))
+    stack = matrices[0].new_zeros(len(matrices), m, n)
+    corners = [row[: t.shape[0], : t.shape[1]] for row, t in zip(stack.unbind(), matrices, strict=True)]
+    torch._foreach_copy_(corners, list(matrices))
+    return stack
 
 
 def muon_scale(shape: torch.Size, group: Group) -> float:
@@ -148,12 +177,12 @@ def _frobenius(X: Tensor) -> Tensor:
     return torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True).clamp_min(1e-30)
 
 
-def _runs(
-    params: Sequence[nn.Parameter], states: Sequence[State], *, by_shape: bool
-) -> list[tuple[list[nn.Parameter], list[State]]]:
-    """What is stepped together: of one device and type (and shape), no more than may be worked on at once."""
-    keys = [(p.device, p.dtype, p.shape if by_shape else None) for p in params]
-    runs = runs_of_equals(keys, [p.numel() for p in params])
+def _taken_apart(
+    params: Sequence[nn.Parameter], states: Sequence[State], kinds: Sequence[tuple[Hashable, int]]
+) -> list[tuple[list[Tensor], list[State]]]:
+    """What is stepped together: of one device, type and kind (with the size of each), no more at once than fits."""
+    keys = [(p.device, p.dtype, kind) for p, (kind, _) in zip(params, kinds, strict=True)]
+    runs = runs_of_equals(keys, [size for _, size in kinds])
     return [([params[i] for i in run], [states[i] for i in run]) for run in runs]
 
 
@@ -167,6 +196,6 @@ def _start_at_zero(state: State, key: str, p: Tensor) -> None:
         state[key] = torch.zeros_like(p)
 
 
-def _gradient(p: nn.Parameter) -> Tensor:
+def _gradient(p: Tensor) -> Tensor:
     assert p.grad is not None
     return p.grad
