@@ -7,12 +7,12 @@ import logging
 import math
 import weakref
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from svdtrain.adaptive import products
 from svdtrain.adaptive.analysis import History, decompose_all, measure, starting_rank
 from svdtrain.adaptive.factors import FactoredWeight
 from svdtrain.adaptive.guard import UpdateGuard
@@ -67,6 +67,7 @@ class AdaptiveSVD:
         self.held: set[str] = set()
         """Matrices that keep their mode whatever the policy says: an alarm has put them there."""
         self._interference: dict[str, float] = {}
+        self._before: list[products.Before] = []
         self._log = log or logger.info
         self._events: list[dict[str, Any]] = []
         _attached.add(optimizer)
@@ -81,10 +82,9 @@ class AdaptiveSVD:
 
     def project_gradients(self) -> None:
         """B.grad and A.grad from G for every low-rank matrix; call once a step, with G averaged and complete."""
-        for factors in self._factors():
-            factors.project_gradient()
-            if self.config.svd_match_rms:
-                factors.remember()
+        lowrank = self._factors()
+        products.project_gradients(lowrank)
+        self._before = products.remember(lowrank) if self.config.svd_match_rms else []
         for guard in self._guards():
             guard.before_step()
         self._adapter.before_step()
@@ -102,6 +102,7 @@ class AdaptiveSVD:
             elif self.watching and deciding:
                 changes = self._analyse(step)
         self.clear_gradients()
+        self._before = []
         return changes
 
     def _watch(self, monitor: Monitor, step: int, deciding: bool) -> list[Change]:
@@ -121,10 +122,8 @@ class AdaptiveSVD:
 
     def _apply_step(self) -> None:
         self._adapter.after_step()
-        for factors in self._factors():
-            if self.config.svd_match_rms and factors.B.grad is not None:
-                factors.match_update(partial(self._adapter.full_update_norm, factors))
-            factors.merge()
+        products.match_updates(self._before, self._adapter.full_update_norms)
+        products.merge(self._factors())
         for guard in self._guards():
             guard.after_step(match_rms=self.config.svd_match_rms)
 

@@ -6,7 +6,6 @@ the chain rule before the step, and W is written from them after it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +13,6 @@ from torch import Tensor, nn
 
 from svdtrain.adaptive.precision import full_precision
 from svdtrain.spectral.decompose import Decomposition
-
-_NEWTON_STEPS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +39,6 @@ class FactoredWeight:
     def __init__(self, W: nn.Parameter, B: Tensor, A: Tensor) -> None:
         """B and A are rounded to W's dtype first; W_p = W - B A is formed from what is stored. W is not written."""
         self.W = W
-        self._before: tuple[Tensor, ...] = ()
         self.B = nn.Parameter(B.to(W.dtype))
         self.A = nn.Parameter(A.to(W.dtype))
         self.W_p = self._remainder()
@@ -59,8 +55,8 @@ class FactoredWeight:
     def restored(cls, W: nn.Parameter, W_p: Tensor, B: Tensor, A: Tensor) -> FactoredWeight:
         """From saved tensors, bit for bit; W may still hold other values."""
         factors = cls.__new__(cls)
-        factors.W, factors._before = W, ()
-        factors.W_p, B, A = (saved.to(W.device, copy=True) for saved in (W_p, B, A))
+        factors.W = W
+        factors.W_p, B, A = (saved.to(W.device, copy=True).contiguous() for saved in (W_p, B, A))
         factors.B, factors.A = nn.Parameter(B), nn.Parameter(A)
         return factors
 
@@ -100,31 +96,6 @@ class FactoredWeight:
         with full_precision(self.W.device):
             return torch.addmm(self.W_p, self.B.to(self.W_p.dtype), self.A.to(self.W_p.dtype))
 
-    def remember(self) -> None:
-        """Keep B, A and W as they are before a step, for `match_update`."""
-        self._before = tuple(t.detach().clone() for t in (self.B, self.A, self.W))
-
-    def match_update(self, full_norm: Callable[[Tensor], Tensor]) -> None:
-        """Scale the step just taken by B and A so that ||dW||_F is what `full_norm(W before)` gives.
-
-        dW(x) = x (dB A + B dA) + x^2 dB dA, whose squared norm is a polynomial of three inner products; solved for x by
-        Newton's method on the device, without waiting for it.
-        """
-        B, A, W = self._before
-        with full_precision(self.W.device):
-            dB, dA = self.B - B, self.A - A
-            linear, square = dB @ A + B @ dA, dB @ dA
-            ll, lq, qq = (linear * linear).sum(), (linear * square).sum(), (square * square).sum()
-            wanted = full_norm(W).to(ll.dtype)
-            x = wanted / ll.sqrt().clamp_min(torch.finfo(ll.dtype).tiny)
-            for _ in range(_NEWTON_STEPS):
-                excess = x * x * (ll + 2 * x * lq + x * x * qq) - wanted * wanted
-                slope = 2 * x * (ll + 3 * x * lq + 2 * x * x * qq).clamp_min(0.1 * ll)
-                x = x - excess / slope.clamp_min(torch.finfo(ll.dtype).tiny)
-            x = torch.where(ll > 0, x, torch.ones_like(x))
-            self.B.copy_(B + x * dB)
-            self.A.copy_(A + x * dA)
-
     def clear_gradients(self) -> None:
         """Drop B.grad and A.grad."""
         self.B.grad = self.A.grad = None
@@ -152,7 +123,8 @@ class FactoredWeight:
 
 
 def singular_factors(decomposition: Decomposition, r: int, protect: str) -> tuple[Tensor, Tensor]:
-    """B [m, r] and A [r, n] of r singular directions, each carrying the square root of the values."""
+    """B [m, r] and A [r, n] of r singular directions, each carrying the square root of the values. Both lie row by row
+    in memory, like their gradients: operations over lists of tensors are single launches only where all lie alike."""
     g = decomposition.S.numel()
     if not 1 <= r < g:
         raise ValueError(f"r must lie in [1, {g - 1}] for this matrix, got {r}")
@@ -161,7 +133,7 @@ def singular_factors(decomposition: Decomposition, r: int, protect: str) -> tupl
         columns = columns.to(decomposition.S.device)
     root = decomposition.S[columns].clamp_min(0).sqrt()
     B, A = (side[:, columns] * root for side in (decomposition.U, decomposition.V))
-    return B.contiguous(), A.contiguous().T
+    return B.contiguous(), A.T.contiguous()
 
 
 def trained_columns(protect: str, g: int, r: int) -> slice | Tensor:

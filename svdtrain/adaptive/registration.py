@@ -63,8 +63,9 @@ class Adapter(Protocol):
         """The host optimizer has stepped; W is merged from B and A next."""
         ...
 
-    def full_update_norm(self, factors: FactoredWeight, W_before: Tensor) -> Tensor:
-        """||dW||_F (0-d) that this step would have had in full mode. Called between `after_step` and the merge."""
+    def full_update_norms(self, lowrank: Sequence[FactoredWeight], W_before: Tensor) -> Tensor:
+        """||dW||_F [N] that this step would have had in full mode, of N equal matrices; W_before [N, m, n]. Called
+        between `after_step` and the merge."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -159,13 +160,15 @@ class Reregister:
     def after_step(self) -> None:
         """Nothing to do: the host optimizer stepped B and A."""
 
-    def full_update_norm(self, factors: FactoredWeight, W_before: Tensor) -> Tensor:
+    def full_update_norms(self, lowrank: Sequence[FactoredWeight], W_before: Tensor) -> Tensor:
         """Known for Muon alone: lr x shape factor x min(m, n)^1/2. Raises ValueError for other optimizers."""
-        group = next(g for g in self._optimizer.param_groups if any(p is factors.B for p in g["params"]))
-        if not is_muon(group):
-            raise ValueError("svd_match_rms with svd_adapter=reregister needs Muon; use svd_adapter=shadow")
-        norm = float(group["lr"]) * muon_scale(W_before.shape, group) * min(W_before.shape) ** 0.5
-        return torch.tensor(norm, device=W_before.device)
+        groups = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
+        shape, norms = W_before.shape[1:], []
+        for group in (groups[id(factors.B)] for factors in lowrank):
+            if not is_muon(group):
+                raise ValueError("svd_match_rms with svd_adapter=reregister needs Muon; use svd_adapter=shadow")
+            norms.append(float(group["lr"]) * muon_scale(shape, group) * min(shape) ** 0.5)
+        return torch.tensor(norms, device=W_before.device)
 
     def state_dict(self) -> dict[str, Any]:
         """Empty: everything is in the host optimizer's state_dict."""

@@ -83,18 +83,24 @@ class Shadow:
         """Nothing to do."""
 
     def after_step(self) -> None:
-        """Step B and A where there is a gradient."""
+        """Step B and A where there is a gradient, those of one group together. They come in the order of the targets,
+        not in that of their switches: every rank and every resumed run forms the same stacks."""
         groups = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
-        for name, factors in self._lowrank.items():
-            group = groups[id(self._owned[id(factors.W)])]
-            step, _ = rule_for(group, self._optimizer)
-            for p, state in zip((factors.B, factors.A), self._state[name], strict=True):
-                if p.grad is not None:
-                    step(p, state, group)
+        together: dict[int, list[tuple[nn.Parameter, State]]] = {}
+        for name in (name for name in self._names.values() if name in self._lowrank):
+            factors = self._lowrank[name]
+            pairs = zip((factors.B, factors.A), self._state[name], strict=True)
+            mine = together.setdefault(id(groups[id(self._owned[id(factors.W)])]), [])
+            mine += [(p, state) for p, state in pairs if p.grad is not None]
+        for group in self._optimizer.param_groups:
+            if together.get(id(group)):
+                step, _ = rule_for(group, self._optimizer)
+                params, states = zip(*together[id(group)], strict=True)
+                step(params, states, group)
 
-    def full_update_norm(self, factors: FactoredWeight, W_before: Tensor) -> Tensor:
-        """||dW||_F of the step that the host has just taken with W."""
-        return torch.linalg.vector_norm(factors.W - W_before)
+    def full_update_norms(self, lowrank: Sequence[FactoredWeight], W_before: Tensor) -> Tensor:
+        """||dW||_F of the step that the host has just taken with each W."""
+        return torch.linalg.vector_norm(torch.stack([factors.W for factors in lowrank]) - W_before, dim=(-2, -1))
 
     def state_dict(self) -> dict[str, Any]:
         """The moments of B and A by matrix."""

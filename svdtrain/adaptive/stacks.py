@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +41,21 @@ def states_between_factors(
     return _map(pairs, [old, new], through_W)
 
 
+def runs_of_equals(keys: Sequence[Hashable], sizes: Sequence[int]) -> list[list[int]]:
+    """Indices of equal keys, in order of first appearance, cut so that each run's sizes (in elements) sum to what may
+    be worked on at once; what is larger by itself is a run of one. The same on every rank for the same arguments."""
+    runs: list[list[int]] = []
+    current: dict[Hashable, tuple[list[int], int]] = {}  # the run being filled and its size
+    for index, (key, size) in enumerate(zip(keys, sizes, strict=True)):
+        run, filled = current.get(key, ([], 0))
+        if not run or filled + size > _MAX_STACK_ELEMENTS:
+            run, filled = [], 0
+            runs.append(run)
+        run.append(index)
+        current[key] = run, filled + size
+    return runs
+
+
 def _map(items: Sequence[tuple], factors: Sequence[Sequence[Factors]], function: Callable[..., tuple]) -> list[Any]:
     """`function(stacked states, B, A, ...)` for each run of equal items, taken apart again. `factors`: one list over
     the items for each pair of B and A that the function wants."""
@@ -62,16 +77,11 @@ def _map(items: Sequence[tuple], factors: Sequence[Sequence[Factors]], function:
 def _alike(items: Sequence[tuple], tensors: Sequence[Sequence[Tensor]]) -> list[list[int]]:
     """Indices of items whose states and factors have the same keys, shapes, types and devices, cut so that a working
     copy fits in memory."""
-    groups: dict[tuple, list[int]] = {}
-    for index, (states, factors) in enumerate(zip(items, tensors, strict=True)):
+    keys = []
+    for states, factors in zip(items, tensors, strict=True):
         kinds = tuple(tuple((key, _kind(value)) for key, value in state.items()) for state in states)
-        groups.setdefault((kinds, tuple(map(_kind, factors))), []).append(index)
-    chunks = []
-    for indices in groups.values():
-        B, A = tensors[indices[0]][:2]
-        size = max(1, _MAX_STACK_ELEMENTS // (B.shape[0] * A.shape[1]))
-        chunks.extend(indices[start : start + size] for start in range(0, len(indices), size))
-    return chunks
+        keys.append((kinds, tuple(map(_kind, factors))))
+    return runs_of_equals(keys, [B.shape[0] * A.shape[1] for B, A, *_ in tensors])
 
 
 def _kind(value: Any) -> tuple | None:

@@ -230,7 +230,7 @@ def test_our_muon_step_is_torchs_but_for_the_norm() -> None:
         G = torch.randn(24, 16, generator=torch.Generator().manual_seed(step))
         p.grad, q.grad = G.clone(), G.clone()
         host.step()
-        rule(q, state, host.param_groups[0])
+        rule([q], [state], host.param_groups[0])
         torch.testing.assert_close(host.state[p]["momentum_buffer"], state["momentum_buffer"])
     moved_p, moved_q = ((0.98**3 - t.detach()).flatten() for t in (p, q))
     assert float(torch.nn.functional.cosine_similarity(moved_p, moved_q, dim=0)) > 0.99
