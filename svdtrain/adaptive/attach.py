@@ -132,10 +132,13 @@ class AttachedSVD(AdaptiveSVD):
         """Average W.grad over the ranks, in place, where it is needed in this step: the host does it only later, and
         averaging what is already equal changes nothing."""
         analysed = self.gradients_agree(self.step)
-        for target in self.targets.values():
-            if target.W.grad is not None and (analysed or target.lowrank):
-                dist.all_reduce(target.W.grad)
-                target.W.grad.div_(dist.get_world_size())
+        wanted = [target.W.grad for target in self.targets.values() if analysed or target.lowrank]
+        gradients = [grad for grad in wanted if grad is not None]
+        for exchange in [dist.all_reduce(grad, async_op=True) for grad in gradients]:
+            assert exchange is not None
+            exchange.wait()
+        for grad in gradients:
+            grad.div_(dist.get_world_size())
 
     def gradients_agree(self, step: int) -> bool:
         """At every step; with `average_gradients` only at the steps from which something is decided: the step before a
