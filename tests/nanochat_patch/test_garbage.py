@@ -25,6 +25,7 @@ def test_no_tensor_waits_for_the_collector(case: str, tmp_path: Path) -> None:
     session.optimizer_built(model, "setup_optimizer", optimizer)
     gc.collect()
     gc.disable()
+    gc.freeze()  # what other tests of this process still hold, and may let go of in the meantime, is not ours
     try:
         for step in range(12):
             x = torch.randn(32, 24, generator=torch.Generator().manual_seed(step))
@@ -37,6 +38,7 @@ def test_no_tensor_waits_for_the_collector(case: str, tmp_path: Path) -> None:
     finally:
         gc.set_debug(0)
         gc.garbage.clear()
+        gc.unfreeze()
         gc.enable()
     session.records.end("finished")
     assert session.svd is not None
