@@ -24,7 +24,7 @@ LONG = {"lengths": [2, 3, 5, 10, 20, 64, 128], "steps": 4000, "batch": 128}
 
 EASY = "Transpositions (10 tokens), one layer"
 DEEP = "Transpositions, two layers"
-SMALL = "Transpositions, one layer, n = 9 states: blocks of 3 hold no S5; two reflections a block, or one"
+SMALL = "n = 9 states, one layer: blocks of 3 hold no S5; two reflections a block, or one"
 HARD = "All 120 elements as tokens, one layer"
 HARD_LONG = "All 120 elements as tokens, one layer, trained up to T=128"
 LONG_PAIR = ("monarch_120_long", "deltaproduct4_120_long")
