@@ -82,7 +82,7 @@ def choose_rank(S: Tensor, S_prev: Tensor | None, r_current: int, r_min: int) ->
 
 
 def _check(S: Tensor, r_current: int, r_min: int) -> None:
-    if S.dim() != 1 or not math.isfinite(float(S.sum())):
+    if S.dim() != 1 or not bool(torch.isfinite(S).all()):
         raise ValueError("S must be one finite vector of singular values")
     if not 0 <= r_current <= S.shape[0]:
         raise ValueError(f"r_current must lie in [0, {S.shape[0]}], got {r_current}")

@@ -59,6 +59,10 @@ def test_never_up_never_below_the_minimum(seed: int, g: int, data: st.DataObject
     assert r >= 0.75 * r_current
 
 
+def test_values_whose_sum_overflows_are_still_finite() -> None:
+    assert determine_next_r(FLAT * 1e38, None, 50, 8) == determine_next_r(FLAT, None, 50, 8)
+
+
 def test_bad_input() -> None:
     with pytest.raises(ValueError, match="r_current"):
         determine_next_r(FLAT, None, 101, 8)
