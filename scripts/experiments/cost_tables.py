@@ -41,19 +41,8 @@ def monitoring(content: dict[str, Any]) -> str:
         "Depth 4, all 16 attention matrices watched at every step and analysed every 20; steps with and without",
         "monitoring take turns.",
         "",
-        "| | value | | note |",
-        "|---|---|---|---|",
-        *(
-            f"| {row['name'].strip()} | {row['value']:,.2f} | {row['unit']} | {row['note']} |"
-            for row in content["rows"]
-        ),
     ]
-    lines += ["", f"`python scripts/bench_monitoring.py {_flags(content['argv'])}`, on {content['machine']}."]
-    return "\n".join(lines) + "\n"
-
-
-def _flags(argv: list[str]) -> str:
-    return " ".join(part for part in argv if not part.endswith(".json") and part != "--out")
+    return "\n".join(lines + _measured_in_the_loop(content)) + "\n"
 
 
 def switching(content: dict[str, Any]) -> str:
@@ -63,6 +52,14 @@ def switching(content: dict[str, Any]) -> str:
         "",
         "All 80 attention matrices of depth 20 in one step, moments mapped, the step's own time taken off.",
         "",
+    ]
+    return "\n".join(lines + _measured_in_the_loop(content)) + "\n"
+
+
+def _measured_in_the_loop(content: dict[str, Any]) -> list[str]:
+    """The rows of bench_monitoring.py and the command that made them."""
+    flags = " ".join(part for part in content["argv"] if not part.endswith(".json") and part != "--out")
+    return [
         "| | value | | note |",
         "|---|---|---|---|",
         *(
@@ -70,9 +67,8 @@ def switching(content: dict[str, Any]) -> str:
             for row in content["rows"]
         ),
         "",
-        f"`python scripts/bench_monitoring.py {_flags(content['argv'])}`, on {content['machine']}.",
+        f"`python scripts/bench_monitoring.py {flags}`, on {content['machine']}.",
     ]
-    return "\n".join(lines) + "\n"
 
 
 def nanochat(content: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import cost_tables
 import shift_page
+from runs import by_arm
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS, FIGURES, PAGE = ROOT / "docs" / "results", ROOT / "docs" / "figures", ROOT / "docs" / "RESULTS.md"
@@ -78,7 +79,7 @@ def phase1(rows: list[Row], command: str) -> str:
 
 def phase2(rows: list[Row], command: str) -> str:
     """All attention, several seeds, against full training."""
-    arms = _by_arm(rows)
+    arms = by_arm(rows)
     full = {row["seed"]: row["bpb"][-1][1] for row in arms["full"]}
     lines = [
         "## Phase 2: all attention",
@@ -236,13 +237,6 @@ def _figure(name: str, title: str, rows: list[Row], draw: Callable[[list[Row], A
     figure.savefig(FIGURES / f"{name}.png", dpi=110)
     plt.close(figure)
     return f"![{title}](figures/{name}.png)\n"
-
-
-def _by_arm(rows: list[Row]) -> dict[str, list[Row]]:
-    arms: dict[str, list[Row]] = {}
-    for row in rows:
-        arms.setdefault(row["arm"], []).append(row)
-    return arms
 
 
 def _switches(row: Row) -> list[Row]:

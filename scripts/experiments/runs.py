@@ -163,6 +163,14 @@ def hardware() -> str:
     return f"{torch.get_num_threads()} CPU threads ({platform.machine()}), torch {torch.__version__}"
 
 
+def by_arm(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Rows by the name of their arm, in order of first appearance."""
+    arms: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        arms.setdefault(row["arm"], []).append(row)
+    return arms
+
+
 def write_rows(rows: Sequence[dict[str, Any]], path: Path, command: str) -> None:
     """Rows and the command that made them, as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from runs import by_arm
 from shift_summary import HARM_NATS, HARM_WINDOW, LATE_NATS
 
 Row = dict[str, Any]
@@ -27,20 +28,13 @@ def shift(rows: list[Row], command: str) -> str:
         "",
         "| arm | loss on B | forgetting of A | against plain at equal loss on B | pairs inside | steps under alarm |",
         "|---|---|---|---|---|---|",
-        *(_arm_line(name, group) for name, group in _by_arm(rows).items()),
+        *(_arm_line(name, group) for name, group in by_arm(rows).items()),
         "",
         f"`{command}`, on {rows[0]['hardware']}.",
         "",
     ]
     watched = [row["detection"] for row in rows if row["arm"] == WATCHED and "detection" in row]
     return "\n".join(lines + (_detection(watched) if watched else [])) + "\n"
-
-
-def _by_arm(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    arms: dict[str, list[Row]] = {}
-    for row in rows:
-        arms.setdefault(row["arm"], []).append(row)
-    return arms
 
 
 def _arm_line(name: str, group: list[Row]) -> str:
@@ -96,7 +90,7 @@ def _spread(values: Sequence[float], format: str) -> str:
 def draw_shift(rows: list[Row], axes: Any) -> None:
     """Forgetting of A over the loss on B, each pair centred on its plain run, so that pairs lie on each other."""
     base = {(row["order"], row["seed"]): row for row in rows if row["arm"] == WATCHED}
-    for name, group in _by_arm(rows).items():
+    for name, group in by_arm(rows).items():
         points = [
             (row["loss_b"] - base[row["order"], row["seed"]]["loss_b"],
              row["forgetting"] - base[row["order"], row["seed"]]["forgetting"])

@@ -26,24 +26,31 @@ def use_fla(backend: str, dtype: torch.dtype, device: torch.device, head_dim: in
     """
     if backend not in ("auto", "fla"):
         return False
-    reason = _obstacle(dtype, device, head_dim) or (_trouble_with_decays(device) if decays else "")
-    if backend == "fla" and reason:
-        raise ValueError(f"backend='fla' {reason}; use backend='auto' or 'torch'")
-    if device.type == "cuda" and ("fla-core" in reason or "tilelang" in reason):
-        _say_once(reason)
-    return not reason
+    obstacle = _obstacle(dtype, device, head_dim)
+    lack = "" if obstacle else _lack(device, decays)
+    if backend == "fla" and (obstacle or lack):
+        raise ValueError(f"backend='fla' {obstacle or lack}; use backend='auto' or 'torch'")
+    if lack:
+        _say_once(lack)
+    return not (obstacle or lack)
 
 
 def _obstacle(dtype: torch.dtype, device: torch.device, head_dim: int) -> str:
+    """What fla does not do."""
     if device.type != "cuda":
         return f"needs a CUDA device, the input is on {device.type}"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"needs bfloat16 or float16, the input is {dtype}"
     if head_dim > LARGEST_HEAD:
         return f"takes heads of at most {LARGEST_HEAD} channels, these have {head_dim}"
+    return ""
+
+
+def _lack(device: torch.device, decays: bool) -> str:
+    """What is wrong with the installation, which the user can mend."""
     if importlib.util.find_spec("fla") is None:
         return "needs the package fla-core[cuda], which is not installed"
-    return ""
+    return _trouble_with_decays(device) if decays else ""
 
 
 def _trouble_with_decays(device: torch.device) -> str:

@@ -36,15 +36,17 @@ def use_triton(backend: str, dtype: torch.dtype, device: torch.device, state_siz
     """
     if backend not in ("auto", "triton"):
         return False
-    reason = _obstacle(dtype, device, state_size, may_interpret=backend == "triton")
-    if backend == "triton" and reason:
-        raise ValueError(f"backend='triton' {reason}; use backend='auto' or 'torch'")
-    if device.type == "cuda" and "package" in reason:
-        _say_once(reason)
-    return not reason
+    obstacle = _obstacle(dtype, device, state_size, may_interpret=backend == "triton")
+    lack = "" if obstacle else _lack()
+    if backend == "triton" and (obstacle or lack):
+        raise ValueError(f"backend='triton' {obstacle or lack}; use backend='auto' or 'torch'")
+    if lack:
+        _say_once(lack)
+    return not (obstacle or lack)
 
 
 def _obstacle(dtype: torch.dtype, device: torch.device, state_size: int, may_interpret: bool) -> str:
+    """What the kernels do not do."""
     interpreted = may_interpret and os.environ.get("TRITON_INTERPRET") == "1"
     if device.type != "cuda" and not interpreted:
         return f"needs a CUDA device, the input is on {device.type}"
@@ -52,6 +54,11 @@ def _obstacle(dtype: torch.dtype, device: torch.device, state_size: int, may_int
         return f"keeps states in {STATE_TYPE}, these are {dtype}"
     if state_size > LARGEST_STATE:
         return f"takes states of at most {LARGEST_STATE} numbers a head, these have {state_size}"
+    return ""
+
+
+def _lack() -> str:
+    """What is wrong with the installation, which the user can mend."""
     version = installed.triton_version()
     if installed.numbers(version) < OLDEST:
         there = f"{version} is installed" if version else "which is not installed"

@@ -21,7 +21,14 @@ Pair = tuple[State, State]
 def states_to_factors(states: Sequence[Mapping[str, Any] | None], new: Sequence[Factors]) -> list[Pair | UnknownState]:
     """`state_to_factors` of each state of W and its factors, in order; the error itself for a state that has no known
     map. A state may be None or empty, which gives a pair of empty ones."""
-    return _map([(state or {},) for state in states], [new], lambda parts, B, A: state_to_factors(parts[0], B, A))
+    known = [i for i, state in enumerate(states) if state]
+    mapped = _map(
+        [(states[i],) for i in known], [[new[i] for i in known]], lambda parts, B, A: state_to_factors(parts[0], B, A)
+    )
+    results: list[Pair | UnknownState] = [({}, {}) for _ in states]
+    for i, outcome in zip(known, mapped, strict=True):
+        results[i] = outcome
+    return results
 
 
 def states_from_factors(pairs: Sequence[Pair], old: Sequence[Factors]) -> list[State | UnknownState]:
