@@ -170,7 +170,7 @@ def bench_syncs(bench: Bench) -> None:
             torch.cuda.set_sync_debug_mode("default")
         label = "with" if monitored else "without"
         bench.row(
-            f"host syncs in one interval {label} monitoring", count[0], "", "training thread; see spectral/transfer"
+            f"host syncs in one interval {label} monitoring", count[0], "", "training thread; see spectral/worker"
         )
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -174,7 +175,8 @@ def bench_analysis(bench: Bench) -> None:
 
                 def analyse() -> dict[str, RowResult]:
                     tracker.observe(1, after, gradients)
-                    return run_job(tracker._snapshot(1, set(names), after), None)
+                    tracker.settle()
+                    return run_job(tracker._snapshot(1, set(names), after))
 
                 column = lanes.SLOW_COLUMNS.index("rho")
                 rho = sum(result.table[column] for result in analyse().values()) / bench.num
@@ -262,18 +264,25 @@ def share_error(tracker: SubspaceTracker, bench: Bench, after: dict, gradients: 
 
 
 def sync_note(bench: Bench, work: Callable[[], object]) -> str:
-    """Host synchronisations during one run, as torch's debug mode counts them."""
+    """Host synchronisations in this thread during one run, as torch's debug mode counts them."""
     if bench.device.type != "cuda":
         return ""
+    count, here = 0, threading.get_ident()
+
+    def note(message: Warning | str, *_: object, **__: object) -> None:
+        nonlocal count
+        count += threading.get_ident() == here and "called a synchronizing" in str(message)
+
     bench.synchronize()
     torch.cuda.set_sync_debug_mode("warn")
     try:
-        with warnings.catch_warnings(record=True) as caught:
+        with warnings.catch_warnings():
             warnings.simplefilter("always")
+            warnings.showwarning = note
             work()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    return f"host syncs {sum('called a synchronizing' in str(w.message) for w in caught)}"
+    return f"host syncs {count}"
 
 
 def bench_fast(bench: Bench) -> None:
@@ -286,7 +295,7 @@ def bench_fast(bench: Bench) -> None:
                 tracker = installed(bench, k, fast_dtype=dtype)
                 check = share_error(tracker, bench, after, gradients, k)
                 note = sync_note(bench, lambda: tracker.observe(2, after, gradients))
-                ms = bench.clock(lambda: tracker.observe(3, after, gradients))
+                ms = bench.clock(lambda: (tracker.observe(3, after, gradients), tracker.settle()))
                 host = host_note(bench, lambda: tracker.observe(4, after, gradients))
                 held = sum(tracker.memory_bytes().values()) / 2**20
                 return ms, check, f"{note} {host}, {100 * ms / STEP_MS:.2f} % of a d20 step, holds {held:.0f} MiB"

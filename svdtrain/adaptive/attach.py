@@ -137,8 +137,8 @@ class AttachedSVD(AdaptiveSVD):
         for exchange in [dist.all_reduce(grad, async_op=True) for grad in gradients]:
             assert exchange is not None
             exchange.wait()
-        for grad in gradients:
-            grad.div_(dist.get_world_size())
+        if gradients:
+            torch._foreach_div_(gradients, dist.get_world_size())
 
     def gradients_agree(self, step: int) -> bool:
         """At every step; with `average_gradients` only at the steps from which something is decided: the step before a

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -87,7 +86,7 @@ def should_use_lowrank_training(
     if use_lowrank != lowrank and dwelling and reason != "nothing_to_train":
         use_lowrank, reason = lowrank, "dwell"
     r_next = r if reason == "warmup" else measured.r_next
-    return use_lowrank, r_next, {"reason": reason, **dataclasses.asdict(measured), "r": r, "lowrank": lowrank}
+    return use_lowrank, r_next, {"reason": reason, **vars(measured), "r": r, "lowrank": lowrank}
 
 
 def _original_reason(measured: Measurement, thresholds: PolicyThresholds) -> str:

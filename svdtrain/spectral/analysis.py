@@ -1,6 +1,6 @@
 """The slow lane's work on a snapshot: warm iterations, exact decompositions, and what changed since the last time.
 
-`run_job` may run in a thread of its own on a side stream; it touches nothing but its job.
+`run_job` may run in another thread; it touches nothing but its job.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One analysis of some matrices at one step. `ready`: CUDA event after the snapshot was taken."""
+    """One analysis of some matrices at one step."""
 
     step: int
     parts: list[Part]
@@ -45,7 +45,6 @@ class Job:
     skip_tolerance: float
     residual_tolerance: float
     max_iterations: int
-    ready: torch.cuda.Event | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,19 +63,8 @@ class RowResult:
 
 
 @torch.no_grad()
-def run_job(job: Job, stream: torch.cuda.Stream | None) -> dict[str, RowResult]:
-    """Analyse every part. On CUDA on `stream`, and waits for it: call it from a worker thread there."""
-    if stream is None:
-        return _run_parts(job)
-    with torch.cuda.device(stream.device), torch.cuda.stream(stream):
-        if job.ready is not None:
-            stream.wait_event(job.ready)
-        results = _run_parts(job)
-        stream.synchronize()
-    return results
-
-
-def _run_parts(job: Job) -> dict[str, RowResult]:
+def run_job(job: Job) -> dict[str, RowResult]:
+    """Analyse every part."""
     results: dict[str, RowResult] = {}
     for part in job.parts:
         try:

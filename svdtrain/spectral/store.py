@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from svdtrain.spectral.lanes import Basis, erasure_weights
+from svdtrain.spectral.subspace import cholesky_qr2
 
 # A basis is as wide as the next of these above k + oversample, so that few widths share a batch and a falling r does
 # not move a matrix at every analysis.
@@ -201,12 +202,16 @@ class BasisStore:
         for (shape, width, _, _), names in groups.items():
             bucket = Bucket(names, self._like[names[0]], shape, width)
             self.buckets.append(bucket)
+            grown: dict[int, list[int]] = {}
             for i, name in enumerate(names):
                 self.where[name] = (bucket, i)
-                if name in old:
-                    self._carry_over(name, old[name])
+                if name in old and self._carry_over(name, old[name]):
+                    grown.setdefault(self.rows[name].filled, []).append(i)
+            for start, rows in grown.items():
+                _fill(bucket, rows, start)
 
-    def _carry_over(self, name: str, old: tuple[Bucket, int]) -> None:
+    def _carry_over(self, name: str, old: tuple[Bucket, int]) -> bool:
+        """One row; True: it has room for columns beside the known ones, which are to be filled."""
         (source, j), (target, i), row = old, self.where[name], self.rows[name]
         columns = min(source.width, target.width)
         target.U[i, :, :columns].copy_(source.U[j, :, :columns])
@@ -217,15 +222,20 @@ class BasisStore:
         row.filled = min(row.filled, columns)
         if row.cut > row.filled or not row.valid:
             row.exact_next = True  # principal directions that nothing is known of
-        elif row.filled < target.width:
-            self._fill(target, i, row.filled)
+            return False
+        return row.filled < target.width
 
-    def _fill(self, bucket: Bucket, i: int, start: int) -> None:
-        """Random unit columns from `start` on, for a basis that grew: iterations turn them; the spectrum is known."""
-        generator = torch.Generator(bucket.V.device).manual_seed(start)
-        for X in (bucket.U, bucket.V):
-            new = torch.randn(X.shape[1], bucket.width - start, generator=generator, dtype=X.dtype, device=X.device)
-            known = X[i, :, :start]
-            # Without what is known already, which a filter would blow up until all new columns were parallel.
-            X[i, :, start:] = torch.linalg.qr(new - known @ (known.T @ new)).Q
+
+def _fill(bucket: Bucket, rows: list[int], start: int) -> None:
+    """Random unit columns from `start` on, for bases that grew: iterations turn them; the spectrum is known."""
+    generator = torch.Generator(bucket.V.device).manual_seed(start)
+    for X in (bucket.U, bucket.V):
+        new = torch.randn(X.shape[1], bucket.width - start, generator=generator, dtype=X.dtype, device=X.device)
+        known = torch.stack([X[i, :, :start] for i in rows])
+        # Without what is known already, which a filter would blow up until all new columns were parallel.
+        new = new - known @ (known.mT @ new)
+        Q, ok = cholesky_qr2(new)
+        Q = Q if bool(ok.all()) else torch.linalg.qr(new).Q  # which takes a GPU milliseconds a matrix
+        torch._foreach_copy_([X[i, :, start:] for i in rows], Q.unbind())
+    for i in rows:
         bucket.S[i, start:] = bucket.spectrum[i, start : bucket.width]

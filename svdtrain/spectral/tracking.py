@@ -5,22 +5,24 @@
     whenever it suits:               for report in tracker.poll(): ...
 
 Fast lane (every step): block energies of the gradient and of the update since the last analysis, for all matrices,
-batched by shape, against the last basis. Results reach the host through one asynchronous copy; nothing waits.
-Slow lane (every `interval` steps, staggered over the matrices): one warm iteration with oversampling, or the exact
-decomposition when the residual, the age or a request asks for it. On CUDA it runs in a thread of its own on a side
-stream from a snapshot of the weights, and is adopted at the start of the next call that touches the bases, so what is
-computed never depends on timing. With a process group each matrix has one owner; the rest receive its basis.
+batched by shape, against the last basis.
+Slow lane (every `interval` steps, staggered over the matrices): warm iterations with oversampling, or the exact
+decomposition when the residual, the age or a request asks for it. With a process group each matrix has one owner; the
+rest receive its basis.
+On CUDA both run beside the next step, in one thread on a side stream, from copies; results are adopted at the start of
+the next call that touches the bases, so what is computed never depends on timing, and no step waits.
 
-Memory per matrix beside the weights: one copy (the reference of the update) and (m + n + 1) x width + g numbers; on
-scratch for at most `chunk` of them; while an analysis is under way a snapshot of its matrices (weights,
-references, bases).
+Memory per matrix beside the weights: one copy (the reference of the update) and (m + n + 1) x width + g numbers; on a
+GPU two copies in the fast lane's type while a look is under way, on the CPU one for all matrices of a shape; while an
+analysis is under way a snapshot of its matrices (weights, references, bases).
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -34,11 +36,13 @@ from svdtrain.spectral.lanes import FAST_COLUMNS, SLOW_COLUMNS, Basis, fast_valu
 from svdtrain.spectral.sharding import own_part, share_rows
 from svdtrain.spectral.store import BasisStore, Bucket
 from svdtrain.spectral.subspace import RitzWay
-from svdtrain.spectral.transfer import HostQueue, Report, to_host
+from svdtrain.spectral.transfer import Report, Reports, to_host
+from svdtrain.spectral.worker import Worker
 
 log = logging.getLogger(__name__)
 
 _STAGGER, _STAGGER_ON_CPU = 4, 2
+_ITERATIONS, _ITERATIONS_ON_CPU = 8, 4
 _UPDATE, _GRADIENT = "update/", "gradient/"
 _RESIDUAL = SLOW_COLUMNS.index("residual")
 
@@ -61,9 +65,9 @@ class TrackerSettings:
     residual_tolerance: float = 1e-3
     """||W V - U S||_F / ||S||_2 of the principal columns that warm iterations must reach; about a tenth of the error
     of the largest angle, radians. Where they do not, the next analysis is exact."""
-    max_iterations: int = 4
-    """Warm iterations of one analysis at most, filtered ones from the second on. With 1 nothing looks at the residual
-    before the analysis ends."""
+    max_iterations: int | None = None
+    """Warm iterations of one analysis at most, filtered ones from the second on; None: 8 on a GPU, where an exact
+    decomposition costs as much as many, 4 on the CPU. With 1 nothing looks at the residual before the analysis ends."""
     skip_tolerance: float = 0.0
     """The same of the *old* basis, below which an analysis is skipped; 0: never."""
     ritz: RitzWay | Literal["auto"] = "auto"
@@ -83,16 +87,11 @@ class TrackerSettings:
     """Arithmetic of the fast lane's products; None: bfloat16 with float32 accumulation on a GPU, float32 on the CPU."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "interval",
-            "exact_every",
-            "exact_interval_factor",
-            "oversample",
-            "chunk",
-            "max_iterations",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        counts = ("interval", "exact_every", "exact_interval_factor", "oversample", "chunk", "max_iterations")
+        for name in counts:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 class SubspaceTracker:
@@ -104,8 +103,10 @@ class SubspaceTracker:
         cuts: Mapping[str, int],
         settings: TrackerSettings | None = None,
         group: Any = None,
+        worker: Worker | None = None,
     ) -> None:
-        """`cuts[name]` is k, the number of principal directions; `group`: a process group to share the work over.
+        """`cuts[name]` is k, the number of principal directions; `group`: a process group to share the work over;
+        `worker`: who does it (default: what suits the device).
 
         Raises ValueError for no weights, a weight that is not 2-D, weights without a cut, or a cut outside [0, g].
         """
@@ -121,11 +122,14 @@ class SubspaceTracker:
             load_library(device)  # before there are threads
         own = self.settings
         self._stagger = own.stagger or (_STAGGER if on_gpu else _STAGGER_ON_CPU)
-        self._fast = FastLane(device, own.fast_dtype, own.participation_every, own.gradient_right_side)
-        self._queue = HostQueue()
-        self._pending: tuple[Job, Future[dict[str, RowResult]]] | None = None
-        self._pool = ThreadPoolExecutor(1, "svd-analysis") if on_gpu else None
-        self._stream = torch.cuda.Stream(device) if on_gpu else None
+        self._max_iterations = own.max_iterations or (_ITERATIONS if on_gpu else _ITERATIONS_ON_CPU)
+        self._reports = Reports()
+        self._worker = worker or Worker(device)
+        self._fast = FastLane(
+            device, own.fast_dtype, own.participation_every, own.gradient_right_side, beside=self._worker.beside
+        )
+        self._looking: Future[None] | None = None
+        self._analysing: tuple[Job, Future[dict[str, RowResult]]] | None = None
 
     # --- what a training loop calls ---
 
@@ -144,23 +148,26 @@ class SubspaceTracker:
     ) -> None:
         """Fast lane. Without `updates`, the update is the weight minus the weight of its last analysis.
 
-        Enqueues only; `poll` gives a Report of kind "fast" with values[name]["update/share"] and so on (see
-        `fast_values`), and "gradient/..." with gradients. Matrices without a basis yet are left out.
+        Gives a Report of kind "fast" with values[name]["update/share"] and so on (see `fast_values`), and
+        "gradient/..." with gradients. Matrices without a basis yet are left out.
         """
         self.settle()
-        tables: list[Tensor] = []
+        parts: list[tuple[Bucket, slice]] = []
         named: list[tuple[str, bool, int, int, int]] = []
         for bucket in self._store.buckets:
             for start in range(0, len(bucket.names), self.settings.chunk):
                 names = bucket.names[start : start + self.settings.chunk]
                 rows = [self._store.rows[name] for name in names]
                 if any(row.valid for row in rows):
-                    part = slice(start, start + len(names))
-                    tables.append(self._fast.observe(bucket, part, weights, gradients, updates))
+                    parts.append((bucket, slice(start, start + len(names))))
                     for name, row in zip(names, rows, strict=True):
                         named.append((name, row.valid, bucket.m, bucket.n, row.cut_now))
-        if tables:
-            self._queue.send(step, torch.cat(tables), lambda numbers: _name_fast(numbers, named))
+        if not parts:
+            return
+        table = self._fast.look(parts, weights, gradients, updates)
+        self._looking = self._worker.submit(
+            lambda: self._reports.put(Report("fast", step, _name_fast(table().tolist(), named)))
+        )
 
     def due(self, step: int) -> list[str]:
         """Matrices whose analysis falls on this step: staggered, and the same on every rank."""
@@ -182,36 +189,39 @@ class SubspaceTracker:
 
         Adopted at once on the CPU, at the next call that touches the bases on a GPU.
         """
-        self.settle()
+        if self._analysing is not None:
+            self.settle()
         chosen = set(self._store.rows if names is None else names)
         if not chosen:
             return
         job = self._snapshot(step, chosen, weights)
         own = job if self._group is None else self._own(job)
-        if self._pool is None:
-            self._adopt(job, run_job(own, None))
-        else:
-            self._pending = (job, self._pool.submit(run_job, own, self._stream))
+        self._analysing = (job, self._worker.submit(lambda: run_job(own)))
+        if not self._worker.beside:
+            self.settle()
 
     def settle(self) -> None:
-        """Adopt the analysis under way, waiting for it if need be."""
-        if self._pending is not None:
-            (job, future), self._pending = self._pending, None
+        """Adopt what is under way, waiting for it if need be."""
+        looking, self._looking = self._looking, None
+        if looking is not None:
+            looking.result()
+        if self._analysing is not None:
+            (job, future), self._analysing = self._analysing, None
             self._adopt(job, future.result())
 
     def poll(self) -> list[Report]:
         """Finished reports, oldest first; never waits. Kinds "fast" and "slow"."""
-        return self._queue.poll()
+        return self._reports.take(math.inf)
 
     def take(self, before: int) -> list[Report]:
-        """The reports of steps before `before`, waiting for these alone: what comes depends on no timing."""
+        """The reports of steps before `before`, waiting for what is under way: what comes depends on no timing."""
         self.settle()
-        return self._queue.take(before)
+        return self._reports.take(before)
 
     def flush(self) -> list[Report]:
         """All reports, waiting for what is under way."""
         self.settle()
-        return self._queue.flush()
+        return self._reports.take(math.inf)
 
     # --- what a controller asks and sets ---
 
@@ -249,8 +259,9 @@ class SubspaceTracker:
 
     def set_cuts(self, cuts: Mapping[str, int]) -> None:
         """Set k of some matrices. A basis with fewer columns than the new k becomes exact at the next analysis."""
-        self.settle()
-        self._store.set_cuts(cuts)
+        if any(self._store.rows[name].cut != k for name, k in cuts.items()):
+            self.settle()
+            self._store.set_cuts(cuts)
 
     def install(self, decompositions: Mapping[str, Decomposition], weights: Mapping[str, Tensor], step: int) -> None:
         """Adopt exact full decompositions made elsewhere (at a switch) as these matrices' bases and references."""
@@ -291,14 +302,8 @@ class SubspaceTracker:
             rows = [i for i, name in enumerate(bucket.names) if name in chosen]
             for start in range(0, len(rows), self.settings.chunk):
                 parts.append(self._part(bucket, rows[start : start + self.settings.chunk], weights))
-        ready = None
-        if self._stream is not None:
-            ready = torch.cuda.Event()
-            ready.record(torch.cuda.current_stream(self._stream.device))
         own = self.settings
-        return Job(
-            step, parts, own.ritz, own.skip_tolerance, own.residual_tolerance, own.max_iterations, ready
-        )  # fmt: skip
+        return Job(step, parts, own.ritz, own.skip_tolerance, own.residual_tolerance, self._max_iterations)
 
     def _part(self, bucket: Bucket, rows: list[int], weights: Mapping[str, Tensor]) -> Part:
         names = [bucket.names[i] for i in rows]
@@ -334,7 +339,7 @@ class SubspaceTracker:
             self._adopt_row(job.step, name, result)
             bucket, _ = self._store.where[name]
             values[name] = slow_values(result.table, result.first, bucket.m, self._store.rows[name].cut_now)
-        self._queue.put(Report("slow", job.step, values))
+        self._reports.put(Report("slow", job.step, values))
 
     def _adopt_row(self, step: int, name: str, result: RowResult) -> None:
         row = self._store.rows[name]

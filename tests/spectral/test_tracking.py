@@ -1,7 +1,9 @@
 import io
 import logging
 import math
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from svdtrain.spectral import metrics as M
 from svdtrain.spectral import null as N
 from svdtrain.spectral.decompose import decompose
 from svdtrain.spectral.tracking import SubspaceTracker, TrackerSettings
+from svdtrain.spectral.worker import Worker
 from tests.spectral.reference import gaussian
 from tests.spectral.test_subspace import trained
 
@@ -354,22 +357,56 @@ def test_resume_is_exact_and_its_state_is_safe_to_load() -> None:
             assert torch.equal(a, b)
 
 
-def test_the_background_thread_changes_no_number() -> None:
-    """The way of a GPU, on the CPU: submitted, adopted at the next call."""
-    inline, background = tracker_for(make_weights(), interval=4), tracker_for(make_weights(), interval=4)
-    with ThreadPoolExecutor(1) as pool:
-        background._pool = pool
-        for tracker in (inline, background):
-            run(tracker, make_weights(), range(12))
-        state = background.state_dict()["rows"]
-        for name, row in inline.state_dict()["rows"].items():
-            for field, value in row.items():
-                torch.testing.assert_close(state[name][field], value, rtol=0, atol=0)
-        one, two = inline.flush(), background.flush()
-    key = [(r.kind, r.step) for r in one]
-    assert sorted(key) == sorted((r.kind, r.step) for r in two)
+class Late(Worker):
+    """The way of a GPU, on the CPU: a thread that begins when the next step has begun."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"), beside=True)
+
+    def submit(self, work: Callable) -> Future:
+        def late() -> object:
+            time.sleep(0.002)
+            return work()
+
+        return super().submit(late)
+
+
+def test_a_worker_beside_the_step_changes_no_number() -> None:
+    inline = tracker_for(make_weights(), interval=4)
+    beside = SubspaceTracker(make_weights(), dict.fromkeys(SHAPES, 12), inline.settings, worker=Late())
+    for tracker in (inline, beside):
+        weights = make_weights()
+        for step in range(12):
+            G = gradients(step)
+            tracker.step(step, weights, G)
+            for tensor in (*weights.values(), *G.values()):  # as the next step does, while it is looked at
+                tensor.mul_(1.01).add_(0.01 * torch.sin(tensor))
+    state = beside.state_dict()["rows"]
+    for name, row in inline.state_dict()["rows"].items():
+        for field, value in row.items():
+            torch.testing.assert_close(state[name][field], value, rtol=0, atol=0)
+    one, two = inline.flush(), beside.flush()
+    assert sorted((r.kind, r.step) for r in one) == sorted((r.kind, r.step) for r in two)
     values = {(r.kind, r.step): r.values for r in two}
     assert all(values[r.kind, r.step] == r.values for r in one)
+
+
+def test_what_fails_beside_the_step_is_raised_by_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = make_weights()
+    tracker = SubspaceTracker(weights, dict.fromkeys(SHAPES, 12), worker=Late())
+    tracker.analyse(0, weights)
+    tracker.settle()
+
+    def fails(*_, **__) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("svdtrain.spectral.fast_lane.fast_statistics", fails)
+    tracker.observe(1, weights)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        tracker.settle()
+    monkeypatch.undo()
+    tracker.observe(2, weights)
+    assert [report.step for report in tracker.flush() if report.kind == "fast"] == [2]
 
 
 def test_state_of_another_model_is_refused_and_changes_nothing() -> None:
