@@ -119,7 +119,7 @@ class FastLane:
         return buffer
 
     def _buffer(self, reference: Tensor) -> Tensor:
-        """For a stack like `reference`: a new one if the last may still be read, otherwise one for all of a shape, since
+        """For a stack like `reference`: a new one if the last may still be read, otherwise one for all of a shape:
         fresh megabytes cost more in page faults than the copy itself."""
         if self._beside:
             return torch.empty_like(reference, dtype=self._dtype)
