@@ -14,7 +14,7 @@ from torch import Tensor
 
 from svdtrain.spectral.decompose import Decomposition, DecompositionFailed, decompose_many
 from svdtrain.spectral.lanes import SLOW_COLUMNS, Basis, frobenius_norm, slow_statistics, updated_spectrum
-from svdtrain.spectral.subspace import RitzWay, staleness_of, warm_steps
+from svdtrain.spectral.subspace import RitzWay, columns_beside, staleness_of, warm_steps
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +23,8 @@ _REFINE_REACHES = 192  # columns up to which products alone leave an off-diagona
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Matrices of one bucket: weights and references [b, m, n], old bases, k of each, and which are to be exact."""
+    """Matrices of one bucket: weights and references [b, m, n], old bases, k of each as far as those reach, and which
+    are to be exact."""
 
     names: list[str]
     W: Tensor
@@ -33,6 +34,10 @@ class Part:
     max_cut: int
     exact: list[bool]
     first: list[bool]
+    filled: list[int]
+    """Columns of each old basis that are there; zeros follow."""
+    wanted: list[int]
+    """k that the new basis is for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +94,8 @@ def _split(part: Part, skip_tolerance: float) -> list[tuple[list[int], bool]]:
     if skip_tolerance <= 0:
         return [(everything, False)]
     stale = staleness_of(part.W.to(part.old.S.dtype), part.old.U, part.old.S, part.old.V, part.cut).tolist()
-    skip = [i for i in everything if not part.exact[i] and stale[i] < skip_tolerance]
+    whole = [filled == part.old.S.shape[-1] for filled in part.filled]
+    skip = [i for i in everything if whole[i] and not part.exact[i] and stale[i] < skip_tolerance]
     return [([i for i in everything if i not in skip], False), (skip, True)]
 
 
@@ -159,8 +165,8 @@ def _iterate(
     warm = [j for j, i in enumerate(rows) if not part.exact[i]]
     if not warm:
         return old, *_nothing_known(W)
-    base = _pick(old, warm)
-    cut = _take(part.cut, [rows[j] for j in warm])
+    base = _filled(_pick(old, warm), [part.filled[rows[j]] for j in warm])
+    cut = torch.tensor([part.wanted[rows[j]] for j in warm], device=W.device)
     result = warm_steps(
         _take(W, warm), base.U, base.S, base.V, way=_ritz_way(job.ritz, base.S), cut=cut,
         tolerance=job.residual_tolerance, max_iterations=job.max_iterations,
@@ -174,6 +180,19 @@ def _iterate(
     for target, source in zip(merged, (result.U, result.S, result.V, spectrum), strict=True):
         target[warm] = source
     return Basis(*merged), residual, staleness, ok
+
+
+def _filled(basis: Basis, filled: list[int]) -> Basis:
+    """With columns to start from where there are none yet; what a basis grows by is found by iterating, too."""
+    width = basis.S.shape[-1]
+    U, S, V = basis.U, basis.S, basis.V
+    for start in sorted(set(filled) - {width}):
+        rows = [j for j, count in enumerate(filled) if count == start]
+        U, S, V = (t.clone() for t in (U, S, V))
+        for X in (U, V):
+            X[rows, :, start:] = columns_beside(X[rows, :, :start], width - start)
+        S[rows, start:] = basis.spectrum[rows, start:width]
+    return Basis(U, S, V, basis.spectrum)
 
 
 def _nothing_known(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:

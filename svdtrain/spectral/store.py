@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from svdtrain.spectral.lanes import Basis, erasure_weights
-from svdtrain.spectral.subspace import cholesky_qr2
 
 # A basis is as wide as the next of these above k + oversample, so that few widths share a batch and a falling r does
 # not move a matrix at every analysis.
@@ -113,7 +112,7 @@ class BasisStore:
         self.where: dict[str, tuple[Bucket, int]] = {}
 
     def set_cuts(self, cuts: Mapping[str, int]) -> None:
-        """Set k of some matrices; a basis that knows fewer directions is marked for an exact analysis."""
+        """Set k of some matrices; a basis that knows fewer directions gets room, which the next analysis fills."""
         for name, k in cuts.items():
             g = min(self.shapes[name])
             if not 0 <= k <= g:
@@ -193,25 +192,23 @@ class BasisStore:
         return min(g, next((width for width in _WIDTHS if width >= needed), g))
 
     def _build(self, widths: Mapping[str, int]) -> None:
-        """Lay the stacks out anew, and carry over what there is."""
-        old, self.buckets, self.where = self.where, [], {}
+        """Lay the stacks out anew where they change, and carry over what there is."""
+        old, self.where = self.where, {}
+        kept = {(tuple(bucket.names), bucket.width): bucket for bucket in self.buckets}
+        self.buckets = []
         groups: dict[tuple, list[str]] = {}
         for name, width in widths.items():
             like = self._like[name]
             groups.setdefault((self.shapes[name], width, like.dtype, like.device), []).append(name)
         for (shape, width, _, _), names in groups.items():
-            bucket = Bucket(names, self._like[names[0]], shape, width)
+            bucket = kept.get((tuple(names), width)) or Bucket(names, self._like[names[0]], shape, width)
             self.buckets.append(bucket)
-            grown: dict[int, list[int]] = {}
             for i, name in enumerate(names):
                 self.where[name] = (bucket, i)
-                if name in old and self._carry_over(name, old[name]):
-                    grown.setdefault(self.rows[name].filled, []).append(i)
-            for start, rows in grown.items():
-                _fill(bucket, rows, start)
+                if name in old and old[name][0] is not bucket:
+                    self._carry_over(name, old[name])
 
-    def _carry_over(self, name: str, old: tuple[Bucket, int]) -> bool:
-        """One row; True: it has room for columns beside the known ones, which are to be filled."""
+    def _carry_over(self, name: str, old: tuple[Bucket, int]) -> None:
         (source, j), (target, i), row = old, self.where[name], self.rows[name]
         columns = min(source.width, target.width)
         target.U[i, :, :columns].copy_(source.U[j, :, :columns])
@@ -220,22 +217,3 @@ class BasisStore:
         target.spectrum[i].copy_(source.spectrum[j])
         target.reference[i].copy_(source.reference[j])
         row.filled = min(row.filled, columns)
-        if row.cut > row.filled or not row.valid:
-            row.exact_next = True  # principal directions that nothing is known of
-            return False
-        return row.filled < target.width
-
-
-def _fill(bucket: Bucket, rows: list[int], start: int) -> None:
-    """Random unit columns from `start` on, for bases that grew: iterations turn them; the spectrum is known."""
-    generator = torch.Generator(bucket.V.device).manual_seed(start)
-    for X in (bucket.U, bucket.V):
-        new = torch.randn(X.shape[1], bucket.width - start, generator=generator, dtype=X.dtype, device=X.device)
-        known = torch.stack([X[i, :, :start] for i in rows])
-        # Without what is known already, which a filter would blow up until all new columns were parallel.
-        new = new - known @ (known.mT @ new)
-        Q, ok = cholesky_qr2(new)
-        Q = Q if bool(ok.all()) else torch.linalg.qr(new).Q  # which takes a GPU milliseconds a matrix
-        torch._foreach_copy_([X[i, :, start:] for i in rows], Q.unbind())
-    for i in rows:
-        bucket.S[i, start:] = bucket.spectrum[i, start : bucket.width]

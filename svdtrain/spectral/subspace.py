@@ -85,6 +85,18 @@ def _cholesky_pass(Y: Tensor, identity: Tensor) -> tuple[Tensor, Tensor]:
     return Y @ inverse.mT, ok
 
 
+def columns_beside(known: Tensor, count: int) -> Tensor:
+    """Pseudo-random orthonormal columns [b, m, count], the same for every matrix as far as what is known of it allows:
+    orthogonal to the orthonormal columns of `known` [b, m, s]. For bases that grow; iterations turn them."""
+    generator = torch.Generator(known.device).manual_seed(known.shape[-1])
+    like = {"dtype": known.dtype, "device": known.device}
+    new = torch.randn(known.shape[-2], count, generator=generator, **like)
+    # Without what is known already, which a filter would blow up until all new columns were parallel.
+    new = new - known @ (known.mT @ new)
+    Q, ok = cholesky_qr2(new)
+    return Q if bool(ok.all()) else torch.linalg.qr(new).Q  # which takes a GPU milliseconds a matrix
+
+
 # --- the small eigenvalue problem -------------------------------------------------------------------------------------
 
 

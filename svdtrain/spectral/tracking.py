@@ -56,6 +56,9 @@ class TrackerSettings:
     exact_every: int = 20
     """Every so many analyses the exact decomposition; 1: always. Warm errors do not add up, so age is the least of the
     three reasons for one; every tenth time it was two fifths of what tracking costs."""
+    exact_together: bool | None = None
+    """Matrices that are analysed together are also exact together; None: on a GPU, where one takes half as long as ten,
+    and the step beside it is slower all that while."""
     exact_interval_factor: int = 4
     """Matrices too wide to track (see widest_share) are analysed this many times less often, exactly."""
     oversample: int = 32
@@ -123,6 +126,7 @@ class SubspaceTracker:
         own = self.settings
         self._stagger = own.stagger or (_STAGGER if on_gpu else _STAGGER_ON_CPU)
         self._max_iterations = own.max_iterations or (_ITERATIONS if on_gpu else _ITERATIONS_ON_CPU)
+        self._together = on_gpu if own.exact_together is None else own.exact_together
         self._reports = Reports()
         self._worker = worker or Worker(device)
         self._fast = FastLane(
@@ -258,7 +262,7 @@ class SubspaceTracker:
             self._store.rows[name].exact_next = True
 
     def set_cuts(self, cuts: Mapping[str, int]) -> None:
-        """Set k of some matrices. A basis with fewer columns than the new k becomes exact at the next analysis."""
+        """Set k of some matrices. A basis with fewer columns than the new k gets the rest at the next analysis."""
         if any(self._store.rows[name].cut != k for name, k in cuts.items()):
             self.settle()
             self._store.set_cuts(cuts)
@@ -316,13 +320,20 @@ class SubspaceTracker:
             # From the masks on the device: a new tensor from a Python list would make the host wait.
             cut=bucket.gather("mask", rows).sum(-1).long(),
             max_cut=bucket.max_cut,
-            exact=[self._exact_now(name) for name in names],
+            exact=self._exact_now(names),
             first=[not row.valid for row in host],
+            filled=[row.filled for row in host],
+            wanted=[min(row.cut, bucket.width) for row in host],
         )
 
-    def _exact_now(self, name: str) -> bool:
-        row = self._store.rows[name]
-        return row.exact_next or row.age + 1 >= self.settings.exact_every or self._store.too_wide(name)
+    def _exact_now(self, names: list[str]) -> list[bool]:
+        """Which are to be exact. A GPU decomposes many in little more than the time of one: those that would be due
+        before long join."""
+        rows, limit = [self._store.rows[name] for name in names], self.settings.exact_every
+        due = [r.exact_next or r.age + 1 >= limit or self._store.too_wide(n) for n, r in zip(names, rows, strict=True)]
+        if self._together and any(due):
+            due = [is_due or row.age + 1 >= limit // 2 for is_due, row in zip(due, rows, strict=True)]
+        return due
 
     def _own(self, job: Job) -> Job:
         indices = {name: row.index for name, row in self._store.rows.items()}
@@ -356,8 +367,8 @@ class SubspaceTracker:
             if self._store.write(name, result.basis, result.weight):
                 self._store.refresh_masks()
         if result.exact:
-            # Ages start staggered, so that the exact ones do not all fall on the same round.
-            row.age = row.index % self.settings.exact_every if result.first else 0
+            # Where each costs its own time ages start staggered, so that not all fall on the same round.
+            row.age = row.index % self.settings.exact_every if result.first and not self._together else 0
             row.exact_next = False
         else:
             row.age += 1
