@@ -20,8 +20,9 @@ ARMS = {
     "calibrated-rule": {"svd-preset": "fast", "svd-rule": "calibrated", "svd-recompute-every": 1},
     "calibrated-rule-half": {"svd-preset": "fast", "svd-rule": "calibrated", "svd-recompute-every": 2},
 }
-"""The last two: the split of a low-rank matrix is computed anew at every decision, or at every second."""
-DEFAULT = "full,original-rule,calibrated-rule"
+"""The last two: the split of a low-rank matrix is computed anew at every decision, or, as is the default of training,
+at every second."""
+DEFAULT = ",".join(ARMS)
 
 
 def main() -> None:
