@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from ssm_blocks.experiments import catalogue, submit
 
@@ -15,16 +16,23 @@ from ssm_blocks.experiments import catalogue, submit
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0, 1 if a run failed, 2 for a wrong command line."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    options = _parser().parse_args(arguments)
     try:
+        options = _parser().parse_args(arguments)
         return _run(options, _command(options))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
+class _Parser(argparse.ArgumentParser):
+    """One line for a wrong word, as for everything else that is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see --help")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m ssm_blocks.experiments", description=__doc__)
+    parser = _Parser(prog="python -m ssm_blocks.experiments", description=__doc__)
     parser.add_argument("names", nargs="+", metavar="NAME", help=f"{', '.join(catalogue.NAMES)}, or all")
     parser.add_argument("--quick", action="store_true", help="a few steps of everything: does it run?")
     parser.add_argument("--seeds", type=int, help="seeds 0 to N - 1 (3; quick: 1)")

@@ -47,16 +47,17 @@ class DelayExperiment(TokenExperiment):
     )
 
     reasons: ClassVar = {
-        f"dense time / HSS time at T={length}": "hardly fewer operations, in several times as many kernels "
-        "that write several times as much (last columns, counted): every node of the tree is a head with queries, keys "
-        "and values of its own, where the dense layer is one head whose few large products are what tensor cores are "
-        "made for. fla's kernels in place of ours (hss_auto) change little, as it is not the recurrence that takes the "
-        "time. What it saves is state."
+        f"dense time / HSS time at T={length}": "the maps of the input, which both layers have, are most of "
+        "the operations, so there are few to save, and they come in several times as many kernels that write several "
+        "times as much (last columns, counted): every node of the tree is a head with queries, keys and values of its "
+        "own, where the dense layer is one head of few large products, made for tensor cores. What it saves is state."
         for length in SPEED_LENGTHS
     }
     notes = (
         "Lengths beyond the trained one ask for positions that were never trained, and positions have periods of at "
         "most 128 tokens: what is asked here is whether the two tie, not how far they carry.",
+        "hss_auto is what backend='auto' takes: fla's kernels if their gradients are right with this GPU and triton, "
+        "else torch, with the same MiB at peak as hss_torch.",
     )
 
     def task(self, config: Any) -> Task:

@@ -126,7 +126,7 @@ class SequentialCIFAR(Experiment):
     }
     notes = (
         "Scores are taken at the end of phase 1, truncation follows, and phase 2 trains on at the ranks of the table.",
-        "4,000 steps of 64 images are about five passes: what ranks do to each other is asked here, not how far the "
+        f"{2 * FULL['half_steps']:,} steps of {FULL['batch']} images are few passes over 50,000: what ranks do to each other is asked here, not how far the "
         "layer gets. Published for a 200,000-parameter S4D, trained to the end: about .88 (arXiv:2206.11893).",
     )
 

@@ -17,6 +17,7 @@ from ssm_blocks.experiments.models import LSTM, SequenceModel
 from ssm_blocks.experiments.store import Store
 from ssm_blocks.experiments.training import Best, Curriculum, Schedule, Training, ms_per_step, train
 from ssm_blocks.mixer import build
+from ssm_blocks.tasks.cifar import SOURCE
 from ssm_blocks.tasks.groups import group_task
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,11 +39,15 @@ def run(*words: object) -> int:
         (("d4", "--device", "nonsense"), "--device nonsense"),
         (("d4", "--parallel", "0"), "at least 1"),
         (("d4", "--seeds", "0"), "at least 1"),
+        (("d4", "--seeds", "three"), "invalid int value"),
+        (("d4", "--sedes", "3"), "unrecognized arguments"),
+        (("scifar", "--data", "nowhere"), "--data nowhere: no train*.parquet"),
     ],
 )
 def test_wrong_commands_end_with_one_line_and_code_2(
-    words: tuple[str, ...], message: str, tmp_path: Path, capsys
+    words: tuple[str, ...], message: str, tmp_path: Path, capsys, monkeypatch
 ) -> None:
+    monkeypatch.setenv(SOURCE, "")  # which --data sets
     assert run(*words, "--out", tmp_path) == 2
     error = capsys.readouterr().err
     assert message in error
@@ -307,8 +312,34 @@ def test_the_page_is_made_of_the_rows(tmp_path: Path, capsys) -> None:
     assert "| cs_neg_deltanet | 3 | 0.970 (0.930 to 0.990) |" in page
     assert "| *chance* | | 0.125 | 0.125 |" in page
     assert "1,234" in page
-    assert "`the command`: 6 runs, 6.0 minutes of processes, 2 at a time, on a machine, torch 2." in page
+    assert "* `the command`: 6 runs, 6.0 minutes of processes, 2 at a time, on a machine, torch 2." in page
+    assert "| [001: d4](#001-d4) |" in page
+    assert "| 1 of 8 | deltanet, final at T=20; minimal state: cs_neg_deltanet passes;" in page
     assert (tmp_path / "figures" / "ssm_d4.png").stat().st_size > 1000
+
+
+def test_words_stand_in_a_table_as_they_are_and_chance_below_their_column() -> None:
+    module, found = publish(), catalogue.experiment("scifar")
+    rows = [
+        {"arm": "random_16", "seed": seed, "accuracy": accuracy, "ranks": ranks}
+        for seed, (accuracy, ranks) in enumerate([(0.5, [7, 7, 1, 1]), (0.7, [2, 6, 6, 2]), (0.6, [7, 7, 1, 1])])
+    ]
+    wanted = ("test accuracy", "ranks of the layers, by seed")
+    columns = [column for column in found.columns if column.title in wanted]
+    assert [module.cell(column, rows) for column in columns] == ["0.6000 (0.5000 to 0.7000)", "7 7 1 1; 2 6 6 2"]
+    assert module._chance(columns, rows) == "| *chance* | | 0.100 |  |"
+
+
+def test_one_reason_for_two_criteria_is_given_once() -> None:
+    module, found = publish(), catalogue.experiment("delay")
+    rows = [
+        {"arm": f"{name}_torch_{length}", "seed": 0, "ms": ms}
+        for length in (8192, 16384)
+        for name, ms in (("dense", 1.0), ("hss", 2.0))
+    ]
+    lines = [line for line in module.criteria(found, rows) if line.startswith("* Not met")]
+    assert len(lines) == 1
+    assert "T=8192; dense time / HSS time at T=16384: " in lines[0]
 
 
 def test_without_rows_there_is_no_page(tmp_path: Path, capsys) -> None:
