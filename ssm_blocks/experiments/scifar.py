@@ -126,8 +126,9 @@ class SequentialCIFAR(Experiment):
     }
     notes = (
         "Scores are taken at the end of phase 1, truncation follows, and phase 2 trains on at the ranks of the table.",
-        f"{2 * FULL['half_steps']:,} steps of {FULL['batch']} images are few passes over 50,000: what ranks do to each other is asked here, not how far the "
-        "layer gets. Published for a 200,000-parameter S4D, trained to the end: about .88 (arXiv:2206.11893).",
+        f"{2 * FULL['half_steps']:,} steps of {FULL['batch']} images are few passes over 50,000: what ranks do to each "
+        "other is asked here, not how far the layer gets. Published for a 200,000-parameter S4D, trained to the end: "
+        "about .88 (arXiv:2206.11893).",
     )
 
     def arms(self) -> list[Arm]:
