@@ -157,9 +157,10 @@ def cell(column: Column, rows: list[Row]) -> str:
     values = [value for row in rows if (value := column.value(row)) is not None]
     if any(isinstance(value, str) for value in values):
         return "; ".join(dict.fromkeys(map(str, values)))
-    if values and min(values) == max(values):
-        values = values[:1]
-    return spread(values, column.format)
+    numbers = [float(value) for value in values]
+    if numbers and min(numbers) == max(numbers):
+        numbers = numbers[:1]
+    return spread(numbers, column.format)
 
 
 def _chance(columns: list[Column], rows: list[Row]) -> str:
@@ -206,7 +207,7 @@ def draw(experiment: Experiment, rows: list[Row], order: dict[str, str], figures
     for axes in panels.flat[len(groups) :]:
         axes.set_axis_off()
     for group, axes in zip(groups, panels.flat, strict=False):
-        axes.set_prop_cycle(color=plt.get_cmap("tab20").colors[::2] + plt.get_cmap("tab20").colors[1::2])
+        axes.set_prop_cycle(color=[plt.get_cmap("tab20")(i) for i in (*range(0, 20, 2), *range(1, 20, 2))])
         for arm in (name for name in order if order[name] == group and name in drawn):
             _draw_arm(axes, arm, [_curve(experiment, row) for row in rows if row["arm"] == arm])
         _finish_panel(axes, experiment, group, [row for row in rows if order.get(row["arm"]) == group])

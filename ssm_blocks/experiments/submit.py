@@ -11,8 +11,14 @@ from pathlib import Path
 from typing import Any
 
 CLUSTERS = ("slurm", "local", "debug")
-DEFAULTS = {"timeout_min": 60, "gpus_per_node": 1}
-"""As slurm/ssm.sh asks for; where submitit starts processes itself, they see the machine's GPUs anyway."""
+ON_SLURM: dict[str, Any] = {
+    "timeout_min": 60,
+    "gpus_per_node": 1,
+    "cpus_per_task": 16,
+    "slurm_additional_parameters": {"requeue": True},
+    "slurm_setup": ["export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK"],  # srun no longer takes it from sbatch
+}
+"""As slurm/ssm.sh asks for; where submitit starts processes itself, they see the machine anyway."""
 MAX_TIMEOUTS = 100  # each goes on behind the last row, so nothing is lost but what was under way
 
 
@@ -47,7 +53,7 @@ def submit(arguments: list[str], cluster: str, resources: str, folder: Path) -> 
         raise ValueError("sbatch is not here: submit from a login node, or use --submit local")
     import submitit
 
-    parameters = {**(DEFAULTS if cluster == "slurm" else {}), **parse_resources(resources)}
+    parameters = {**(ON_SLURM if cluster == "slurm" else {}), **parse_resources(resources)}
     limit = {"slurm_max_num_timeout": MAX_TIMEOUTS} if cluster == "slurm" else {}
     executor = submitit.AutoExecutor(folder, cluster=cluster, **limit)
     try:

@@ -80,9 +80,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
 @pytest.mark.skipif(bool(why_not()), reason=why_not() or "-")
 def test_the_batch_script_and_submitit_run_experiments(cluster: LocalCluster, tmp_path: Path) -> None:
     """The second goes on where the first has ended: one seed more."""
-    environment = {"SVDTRAIN_PYTHON": sys.executable, "SVDTRAIN_RUN_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    output = f"--output={tmp_path}/output.txt"
-    said = cluster.run("sbatch", output, "slurm/ssm.sh", *COMMAND, cwd=ROOT, **environment)
+    cluster.environment |= {"SVDTRAIN_PYTHON": sys.executable, "SVDTRAIN_RUN_DIR": str(tmp_path)}
+    said = cluster.run("sbatch", f"--output={tmp_path}/output.txt", "slurm/ssm.sh", *COMMAND, cwd=ROOT)
     job = said.split()[-1]
     cluster.wait(lambda: cluster.state(job) in ("COMPLETED", "FAILED"), 120, "the job does not end")
     assert cluster.state(job) == "COMPLETED", (tmp_path / "output.txt").read_text()
