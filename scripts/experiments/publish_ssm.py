@@ -39,11 +39,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="directory with results/ssm (docs)")
     docs = parser.parse_args(argv).docs
     (docs / "figures").mkdir(parents=True, exist_ok=True)
-    sections = []
+    sections, judged = [], {}
     for name in catalogue.NAMES:
         rows = current(catalogue.experiment(name), Store(docs / "results" / "ssm" / f"{name}.jsonl").rows())
         if rows:
             sections.append(section(catalogue.experiment(name), rows, docs / "figures"))
+            judged[name] = catalogue.experiment(name).judged(rows)
     timed = docs / "results" / "monarch.json"
     if timed.exists():
         sections.append(kernel(json.loads(timed.read_text())))
@@ -51,9 +52,20 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: no rows in {docs / 'results' / 'ssm'}", file=sys.stderr)
         return 1
     page = docs / "RESULTS_SSM.md"
-    page.write_text("\n".join([INTRODUCTION, *sections]))
-    print(f"wrote {page.name}: {len(sections)} experiments")
+    page.write_text("\n".join([INTRODUCTION, overview(judged), *sections]))
+    print(f"wrote {page.name}: {len(judged)} experiments")
     return 0
+
+
+def overview(judged: dict[str, list[Criterion]]) -> str:
+    """How many criteria of each experiment are met, and which are not."""
+    lines = ["| experiment | question | criteria met | not met |", "|---|---|---|---|"]
+    for name, found in judged.items():
+        experiment = catalogue.experiment(name)
+        link = f"[{experiment.proposal}: {name}](#{experiment.proposal}-{name})"
+        missed = "; ".join(c.name for c in found if not c.passed)
+        lines.append(f"| {link} | {experiment.question} | {sum(c.passed for c in found)} of {len(found)} | {missed} |")
+    return "\n".join(lines) + "\n"
 
 
 def kernel(content: dict[str, Any]) -> str:
@@ -66,7 +78,8 @@ def kernel(content: dict[str, Any]) -> str:
         f"One walk through time in Triton against the scans in torch, {arguments['dtype']}, milliseconds (median).",
         f"States and gradients of {len(content['checks'])} cases differ from float64 by {worst:.1e} at most (RMS).",
         "",
-        "| batch x tokens x width | heads | form | layer, forward | both ways | recurrence, forward | both ways | GB |",
+        "| batch x tokens x width | heads | form | layer, forward | layer, both ways | recurrence, forward "
+        "| recurrence, both ways | GB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in content["rows"]:
@@ -98,7 +111,9 @@ def section(experiment: Experiment, rows: list[Row], figures: Path) -> str:
         arms = [name for name in order if order[name] == group and any(row["arm"] == name for row in rows)]
         if arms:
             lines += ["", *table(experiment, group, arms, rows)]
-    lines += ["", *commands(rows)]
+    if experiment.notes:
+        lines += ["", *(f"* {note}" for note in experiment.notes)]
+    lines += ["", "Made by", "", *commands(rows)]
     if any(_curve(experiment, row) for row in rows):
         lines += ["", *[draw(experiment, rows, order, figures)]]
     return "\n".join(lines) + "\n"
@@ -109,7 +124,11 @@ def criteria(experiment: Experiment, rows: list[Row]) -> list[str]:
     lines = ["| criterion | target | measured | runs | |", "|---|---|---|---|---|"]
     judged = experiment.judged(rows)
     lines += [f"| {c.name} | {c.target} | {c.measured} | {c.runs} | {verdict(c)} |" for c in judged]
-    reasons = [f"Not met, {c.name}: {c.reason}" for c in judged if c.runs and not c.passed and c.reason]
+    missed: dict[str, list[str]] = {}
+    for c in judged:
+        if c.runs and not c.passed and c.reason:
+            missed.setdefault(c.reason, []).append(c.name)
+    reasons = [f"* Not met, {'; '.join(names)}: {reason}" for reason, names in missed.items()]
     return lines + (["", *reasons] if reasons else [])
 
 
@@ -134,24 +153,22 @@ def table(experiment: Experiment, group: str, arms: list[str], rows: list[Row]) 
 
 
 def cell(column: Column, rows: list[Row]) -> str:
-    """Median and spread; one number where all seeds agree."""
+    """Median and spread; one number where all seeds agree. Words as they are."""
     values = [value for row in rows if (value := column.value(row)) is not None]
-    if values and min(values) == max(values):
-        values = values[:1]
-    return spread(values, column.format)
+    if any(isinstance(value, str) for value in values):
+        return "; ".join(dict.fromkeys(map(str, values)))
+    numbers = [float(value) for value in values]
+    if numbers and min(numbers) == max(numbers):
+        numbers = numbers[:1]
+    return spread(numbers, column.format)
 
 
 def _chance(columns: list[Column], rows: list[Row]) -> str:
     """The line of chance levels, from what the rows recorded."""
-    by_length = {
-        length: at["chance"] for row in rows for length, at in row.get("by_length", {}).items() if "chance" in at
-    }
-    if not by_length:
-        return ""
     cells = []
     for column in columns:
-        title, _, length = column.title.partition(" T=")
-        cells.append(f"{by_length[length]:.3f}" if title == "final" and length in by_length else "")
+        known = next((chance for row in rows if (chance := column.chance(row)) is not None), None)
+        cells.append("" if known is None else f"{known:.3f}")
     return f"| *chance* | | {' | '.join(cells)} |" if any(cells) else ""
 
 
@@ -164,9 +181,15 @@ def commands(rows: list[Row]) -> list[str]:
         runs, seconds, processes = found.get(key, (0, 0.0, 1))
         found[key] = runs + 1, seconds + row["seconds"], max(processes, row["processes"])
     return [
-        f"`{command}`: {runs} runs, {seconds / 60:.1f} minutes of processes, {processes} at a time, on {where}."
+        f"* `{command}`: {runs} {'run' if runs == 1 else 'runs'}, {duration(seconds)} of processes, "
+        f"{processes} at a time, on {where}."
         for (command, where), (runs, seconds, processes) in found.items()
     ]
+
+
+def duration(seconds: float) -> str:
+    """In the unit that has digits before the point."""
+    return f"{seconds / 60:.1f} minutes" if seconds >= 60 else f"{seconds:.0f} seconds"
 
 
 def draw(experiment: Experiment, rows: list[Row], order: dict[str, str], figures: Path) -> str:
@@ -180,11 +203,11 @@ def draw(experiment: Experiment, rows: list[Row], order: dict[str, str], figures
     groups = list(dict.fromkeys(group for arm, group in order.items() if arm in drawn))
     wide = min(PANELS_IN_A_ROW, len(groups))
     high = -(-len(groups) // wide)
-    figure, panels = plt.subplots(high, wide, figsize=(5.5 * wide, 4 * high), layout="constrained", squeeze=False)
+    figure, panels = plt.subplots(high, wide, figsize=(7 * wide, 3.6 * high), layout="constrained", squeeze=False)
     for axes in panels.flat[len(groups) :]:
         axes.set_axis_off()
     for group, axes in zip(groups, panels.flat, strict=False):
-        axes.set_prop_cycle(color=plt.get_cmap("tab20").colors[::2] + plt.get_cmap("tab20").colors[1::2])
+        axes.set_prop_cycle(color=[plt.get_cmap("tab20")(i) for i in (*range(0, 20, 2), *range(1, 20, 2))])
         for arm in (name for name in order if order[name] == group and name in drawn):
             _draw_arm(axes, arm, [_curve(experiment, row) for row in rows if row["arm"] == arm])
         _finish_panel(axes, experiment, group, [row for row in rows if order.get(row["arm"]) == group])
@@ -212,13 +235,26 @@ def _finish_panel(axes: Any, experiment: Experiment, group: str, rows: list[Row]
     chances = {int(n): at["chance"] for row in rows for n, at in row.get("by_length", {}).items() if "chance" in at}
     if chances:
         axes.plot(*zip(*sorted(chances.items()), strict=True), color="grey", linestyle=":", label="chance")
+    for trained in sorted({length for row in rows if _curve(experiment, row) and (length := trained_length(row))}):
+        axes.axvline(trained, color="grey", linewidth=0.8, linestyle="--", label=f"trained up to {trained}")
+    lengths = sorted({length for row in rows for length in _curve(experiment, row)})
     axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [str(length) for length in lengths])
+    axes.minorticks_off()
     if experiment.curve_is_log:
         axes.set_yscale("log")
+    else:
+        axes.set_ylim(-0.03, 1.03)
     axes.set_xlabel("length")
     axes.set_ylabel(experiment.curve_label)
     axes.set_title(group or experiment.name, fontsize=9)
-    axes.legend(fontsize=6)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def trained_length(row: Row) -> int | None:
+    """The last length of the curriculum."""
+    training = {**row.get("settings", {}).get("training", {}), **row.get("config", {}).get("training", {})}
+    return max(training.get("lengths", []), default=None)
 
 
 if __name__ == "__main__":

@@ -8,23 +8,31 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
-from ssm_blocks.experiments import catalogue
+from ssm_blocks.experiments import catalogue, submit
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0, 1 if a run failed, 2 for a wrong command line."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    options = _parser().parse_args(arguments)
     try:
+        options = _parser().parse_args(arguments)
         return _run(options, _command(options))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
+class _Parser(argparse.ArgumentParser):
+    """One line for a wrong word, as for everything else that is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see --help")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m ssm_blocks.experiments", description=__doc__)
+    parser = _Parser(prog="python -m ssm_blocks.experiments", description=__doc__)
     parser.add_argument("names", nargs="+", metavar="NAME", help=f"{', '.join(catalogue.NAMES)}, or all")
     parser.add_argument("--quick", action="store_true", help="a few steps of everything: does it run?")
     parser.add_argument("--seeds", type=int, help="seeds 0 to N - 1 (3; quick: 1)")
@@ -33,6 +41,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", default="", help="images of scifar: a directory of parquet files, datasets, ...")
     parser.add_argument("--arms", default="", metavar="A,B", help="only these arms")
     parser.add_argument("--parallel", type=int, default=1, metavar="N", help="runs at once, each a process (1)")
+    parser.add_argument(
+        "--submit", choices=submit.CLUSTERS, help="hand all of it to submitit instead of running it here"
+    )
+    parser.add_argument("--resources", default="", metavar="NAME=VALUE,...", help="of the job, in submitit's names")
     parser.add_argument("--list", action="store_true", help="show the arms and stop")
     return parser
 
@@ -43,11 +55,13 @@ def _run(options: argparse.Namespace, command: str) -> int:
         catalogue.experiment(name)  # before anything slow
     if options.list:
         return _list(names)
-    if options.data:
-        os.environ["SSM_CIFAR10"] = options.data  # also for the processes that run at once
     seeds = (1 if options.quick else 3) if options.seeds is None else options.seeds
     if seeds < 1 or options.parallel < 1:
         raise ValueError("--seeds and --parallel are at least 1")
+    if options.submit:
+        return submit.submit(_job(options), options.submit, options.resources, options.out / "submitit")
+    if options.data:
+        os.environ["SSM_CIFAR10"] = options.data  # also for the processes that run at once
     from ssm_blocks.experiments import runner
 
     jobs, skipped = runner.plan(
@@ -60,6 +74,9 @@ def _run(options: argparse.Namespace, command: str) -> int:
         parallel=options.parallel,
         arms={arm for arm in options.arms.split(",") if arm},
     )
+    for name in {job.experiment for job in jobs}:
+        found = catalogue.experiment(name)
+        found.check(found.complete_settings(options.quick))
     print(f"{len(jobs)} runs, {skipped} already done; rows in {options.out}", flush=True)
     failed = runner.run_all(jobs, options.parallel, options.out, _reporter(len(jobs)))
     return 1 if failed else 0
@@ -98,6 +115,14 @@ def _command(options: argparse.Namespace) -> str:
         if value not in (None, "", "auto") and value != 1:
             words += [f"--{flag}", str(value)]
     return shlex.join(words)
+
+
+def _job(options: argparse.Namespace) -> list[str]:
+    """The command line for a job, which may start in another directory."""
+    data = str(Path(options.data).resolve()) if Path(options.data).is_dir() and options.data else options.data
+    words = [*options.names, "--device", options.device, "--out", str(options.out.resolve()), "--data", data]
+    words += ["--arms", options.arms, "--parallel", str(options.parallel), *(["--quick"] if options.quick else [])]
+    return words + ([] if options.seeds is None else ["--seeds", str(options.seeds)])
 
 
 def _reporter(total: int) -> Callable[[str], None]:

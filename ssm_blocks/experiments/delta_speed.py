@@ -11,9 +11,8 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
+from ssm_blocks.experiments.counting import OperationCounter
 from ssm_blocks.experiments.delay import per_seed
 from ssm_blocks.experiments.experiment import Arm, Column, Criterion, Experiment, Row, criterion, values_of
 from ssm_blocks.experiments.timing import median_ms, tensor_cores
@@ -68,29 +67,19 @@ def by_fla(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: None, S: Te
 FORMS: dict[str, Form] = {"ours": ours, "naive": naive_wy, "fla": by_fla}
 
 
-class OperationCounter(TorchDispatchMode):
-    """Floating-point operations by kind: products of matrices by PyTorch's formulas, triangular solves as n^2 m, all
-    else as one per number that comes out.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.in_products = self.elsewhere = 0.0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        packet = getattr(func, "_overloadpacket", None)
-        if packet in flop_registry:
-            self.in_products += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
-        elif isinstance(out, Tensor) and out.is_floating_point() and not func.is_view:
-            rows = args[0].size(-1) if "triangular" in str(packet) else 1
-            self.elsewhere += out.numel() * rows
-        return out
-
-    @property
-    def share(self) -> float:
-        """Part of all operations that is in products of matrices."""
-        return self.in_products / (self.in_products + self.elsewhere)
+def _why(head_dim: int) -> str:
+    """What counting the calls of a pass and the bytes they write shows (`counting.OperationCounter`)."""
+    where = (
+        "a GPU waits for them: for the same number of tokens they, and the time, grow with the length, as more chunks "
+        "hand on their state one group after the other"
+        if head_dim < max(HEAD_DIMS)
+        else "they write tens of gigabytes of float32 between them: maps from state to state, K x (K + V) for every "
+        "chunk, which are composed in groups"
+    )
+    return (
+        f"ours is a few hundred calls of torch a pass, in float32, and {where}. fla's are a handful of fused kernels "
+        "in bf16, after minutes of compilation, which the times leave out."
+    )
 
 
 class DeltaSpeed(Experiment):
@@ -107,12 +96,7 @@ class DeltaSpeed(Experiment):
         Column(title="share in products", value=lambda row: row.get("share"), format=".3f"),
     )
 
-    reasons: ClassVar = {
-        f"fla's time / ours, heads of {dim}, all lengths": "ours is float32 in torch, a few hundred kernels a pass "
-        "that a GPU waits for at these sizes; fla's are a handful of fused ones in bf16, after minutes of compilation, "
-        "which the times leave out."
-        for dim in HEAD_DIMS
-    }
+    reasons: ClassVar = {f"fla's time / ours, heads of {dim}, all lengths": _why(dim) for dim in HEAD_DIMS}
 
     def arms(self) -> list[Arm]:
         first = [_arm(name, NAIVE_LENGTH, NAIVE_DIM, AGAINST_NAIVE, "float32") for name in ("ours", "naive")]

@@ -43,18 +43,22 @@ class Criterion:
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """A column of an experiment's tables: one number per row, None where a row has none."""
+    """A column of an experiment's tables: one number, or a few words, per row, None where a row has none.
+
+    chance: the same for the best guess that does not look at the input.
+    """
 
     title: str
-    value: Callable[[Row], float | None]
+    value: Callable[[Row], float | str | None]
     format: str = ".3f"  # of floats; ",.0f" for whole numbers
+    chance: Callable[[Row], float | None] = lambda row: None
 
 
 class Experiment:
     """A subclass fills in the class attributes and `arms`, `run` and `judge`.
 
-    reasons: {criterion's name: why it failed}, shown only where it did fail. curve: the number in
-    row["by_length"][length] that the figure shows.
+    reasons: {criterion's name: why it failed}, shown only where it did fail. notes: what a reader of the tables should
+    know, published numbers included. curve: the number in row["by_length"][length] that the figure shows.
     """
 
     name: ClassVar[str]
@@ -62,6 +66,7 @@ class Experiment:
     question: ClassVar[str]
     columns: ClassVar[tuple[Column, ...]] = ()
     reasons: ClassVar[dict[str, str]] = {}
+    notes: ClassVar[tuple[str, ...]] = ()
     curve: ClassVar[str] = "final"
     curve_label: ClassVar[str] = "accuracy of the final answer"
     curve_is_log: ClassVar[bool] = False
@@ -73,6 +78,9 @@ class Experiment:
     def settings(self, quick: bool) -> dict[str, Any]:
         """What all arms share (steps, lengths, ...), as plain JSON values. quick: a few seconds for all arms."""
         raise NotImplementedError
+
+    def check(self, settings: dict[str, Any]) -> None:
+        """Before any run: raises ValueError where something is missing that `run` will need."""
 
     def run(self, arm: Arm, seed: int, settings: dict[str, Any], device: torch.device) -> Row:
         """What was measured, as plain JSON values; the runner adds seed, settings, hardware, time and command."""

@@ -29,6 +29,11 @@ class Parity(TokenExperiment):
     lengths = LENGTHS
     columns = accuracy_columns(LENGTHS, 32)
 
+    notes = (
+        "An accuracy far below chance is the opposite answer nearly every time: a small error per token has turned "
+        "the state by half a turn at that length.",
+    )
+
     def task(self, config: Any) -> Task:
         return group_task(config)
 

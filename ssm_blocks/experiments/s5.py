@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 from ssm_blocks.experiments.ablations import BLOCK_DIAGONAL, FIRST_DESIGN
 from ssm_blocks.experiments.experiment import Arm, Criterion, Row, at_length, criterion, values_of
@@ -29,6 +30,7 @@ HARD = "All 120 elements as tokens, one layer"
 HARD_LONG = "All 120 elements as tokens, one layer, trained up to T=128"
 LONG_PAIR = ("monarch_120_long", "deltaproduct4_120_long")
 TIME = "Time of a training step (256 sequences of 20), alone on the machine"
+BEST = "120 tokens, trained to 128: best seed of monarch minus best seed of deltaproduct (n_h = 4), final at T=160"
 
 
 class S5(TokenExperiment):
@@ -40,6 +42,20 @@ class S5(TokenExperiment):
     training = Training(steps=1500, batch=256, lr=1e-2, lengths=(3, 5, 10, 20), solved_loss=1e-4)
     lengths = LENGTHS
     columns = accuracy_columns(LENGTHS, 20)
+
+    reasons: ClassVar = {
+        BEST: "no seed of monarch gets its loss to where training counts as solved within the steps there are, and a "
+        "small error per token adds up; deltaproduct does so with one seed, which then goes on to any length, and "
+        "fails with the others. The medians, one row up, say who gets there more reliably, this row who gets further."
+    }
+    notes = (
+        "Of the times, the Monarch layers' are those of our kernel in Triton, all others' of scans in torch; what the "
+        "kernel makes of it stands under [The Monarch kernel](#the-monarch-kernel).",
+        "With transpositions, blocks of 4 hold S5 by themselves, so block_diagonal needs no mixing there, and one "
+        "reflection a token is enough for neg_deltanet. n = 9 is where mixing counts, 120 tokens where reflections do.",
+        "Published (DeltaProduct, arXiv:2502.10297), one layer trained at T=128: n_h = 4 about 1.0 up to T=190 and .5 "
+        "at 330; n_h <= 3 fails by T=50.",
+    )
 
     def task(self, config: Any) -> Task:
         return group_task(config)
@@ -88,8 +104,14 @@ class S5(TokenExperiment):
             criterion("n = 9: block-diagonal, final at T=20", values_of(rows, "block_diagonal_9", final), below=0.5),
             criterion("120 tokens: monarch, final at T=20", values_of(rows, "monarch_120", final), above=0.85),
             criterion(
-                "120 tokens, trained to 128: monarch minus deltaproduct (n_h = 4), final at T=160",
+                "120 tokens, trained to 128: median of monarch minus median of deltaproduct (n_h = 4), final at T=160",
                 _differences(rows, *LONG_PAIR, 160),
+                above=-0.02,
+                runs=min(len(values_of(rows, name, final)) for name in LONG_PAIR),
+            ),
+            criterion(
+                BEST,
+                _differences(rows, *LONG_PAIR, 160, max),
                 above=-0.02,
                 runs=min(len(values_of(rows, name, final)) for name in LONG_PAIR),
             ),
@@ -149,10 +171,16 @@ def _ratios(rows: list[Row]) -> list[float]:
     return [monarch / diagonal for monarch, diagonal in pairs]
 
 
-def _differences(rows: list[Row], arm: str, other: str, length: int) -> list[float]:
-    """One number: medians of a few seeds are compared, not seeds."""
-    medians = [values_of(rows, name, at_length(length)) for name in (arm, other)]
-    return [statistics.median(medians[0]) - statistics.median(medians[1])] if all(medians) else []
+def _differences(
+    rows: list[Row],
+    arm: str,
+    other: str,
+    length: int,
+    of: Callable[[list[float]], float] = statistics.median,
+) -> list[float]:
+    """One number: arms are compared, not seeds."""
+    both = [values_of(rows, name, at_length(length)) for name in (arm, other)]
+    return [of(both[0]) - of(both[1])] if all(both) else []
 
 
 EXPERIMENT = S5()

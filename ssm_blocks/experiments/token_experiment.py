@@ -19,7 +19,10 @@ MS = "ms_per_step"
 def accuracy_columns(lengths: tuple[int, ...], train_length: int) -> tuple[Column, ...]:
     """Final accuracy at every length, token and sequence accuracy at the trained one, and what it took."""
     return (
-        *(Column(title=f"final T={length}", value=at_length(length)) for length in lengths),
+        *(
+            Column(title=f"final T={length}", value=at_length(length), chance=at_length(length, "chance"))
+            for length in lengths
+        ),
         Column(title=f"token T={train_length}", value=at_length(train_length, "token")),
         Column(title=f"sequence T={train_length}", value=at_length(train_length, "sequence")),
         number("state", "state_size"),

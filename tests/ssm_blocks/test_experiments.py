@@ -1,10 +1,8 @@
 """The experiments' machinery: command line, store, resuming, schedule, judging, publishing."""
 
-import importlib.util
 import json
 import subprocess
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -12,11 +10,12 @@ import torch
 from ssm_blocks.experiments import catalogue, runner
 from ssm_blocks.experiments.__main__ import main
 from ssm_blocks.experiments.ablations import BLOCK_DIAGONAL, FIRST_DESIGN
-from ssm_blocks.experiments.experiment import Row, criterion, settings_hash, spread
+from ssm_blocks.experiments.experiment import Row, settings_hash
 from ssm_blocks.experiments.models import LSTM, SequenceModel
 from ssm_blocks.experiments.store import Store
 from ssm_blocks.experiments.training import Best, Curriculum, Schedule, Training, ms_per_step, train
 from ssm_blocks.mixer import build
+from ssm_blocks.tasks.cifar import SOURCE
 from ssm_blocks.tasks.groups import group_task
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,11 +37,15 @@ def run(*words: object) -> int:
         (("d4", "--device", "nonsense"), "--device nonsense"),
         (("d4", "--parallel", "0"), "at least 1"),
         (("d4", "--seeds", "0"), "at least 1"),
+        (("d4", "--seeds", "three"), "invalid int value"),
+        (("d4", "--sedes", "3"), "unrecognized arguments"),
+        (("scifar", "--data", "nowhere"), "--data nowhere: no train*.parquet"),
     ],
 )
 def test_wrong_commands_end_with_one_line_and_code_2(
-    words: tuple[str, ...], message: str, tmp_path: Path, capsys
+    words: tuple[str, ...], message: str, tmp_path: Path, capsys, monkeypatch
 ) -> None:
+    monkeypatch.setenv(SOURCE, "")  # which --data sets
     assert run(*words, "--out", tmp_path) == 2
     error = capsys.readouterr().err
     assert message in error
@@ -258,63 +261,6 @@ def test_the_lstm_steps_as_it_reads() -> None:
     torch.testing.assert_close(state, last)
     with pytest.raises(ValueError, match="packed"):
         lstm(x[:1], cu_seqlens=torch.tensor([0, 5]))
-
-
-# judging and publishing ----------------------------------------------------------------------------------------------
-
-
-def test_criteria_take_the_median_of_the_seeds() -> None:
-    assert criterion("x", [0.1, 0.95, 0.99], above=0.9).passed
-    assert not criterion("x", [0.1, 0.2, 0.99], above=0.9).passed
-    assert criterion("x", [0.1, 0.2, 0.99], below=0.5).passed
-    missing = criterion("x", [], below=0.5)
-    assert (missing.passed, missing.reason) == (False, "not run")
-    assert spread([1.0, 3.0, 2.0], ".1f") == "2.0 (1.0 to 3.0)"
-
-
-def publish() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("publish_ssm", ROOT / "scripts" / "experiments" / "publish_ssm.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def made_up_row(arm_name: str, seed: int, final: float) -> Row:
-    found = catalogue.experiment("d4")
-    arm = next(arm for arm in found.arms() if arm.name == arm_name)
-    at = {"token": final, "final": final, "sequence": 0.0, "chance": 0.125}
-    return {
-        "arm": arm_name, "seed": seed, "settings_hash": settings_hash(arm, found.complete_settings(quick=False)),
-        "by_length": {"20": at, "40": at}, "state_size": 1234, "parameters": 10, "steps": 5, "seconds": 60.0,
-        "hardware": "a machine", "torch": "2", "command": "the command", "processes": 2,
-    }  # fmt: skip
-
-
-def test_the_page_is_made_of_the_rows(tmp_path: Path, capsys) -> None:
-    store = Store(tmp_path / "results" / "ssm" / "d4.jsonl")
-    for seed, final in enumerate((0.97, 0.93, 0.99)):
-        store.append(made_up_row("cs_neg_deltanet", seed, final))
-        store.append(made_up_row("deltanet", seed, final))
-    store.append({**made_up_row("deltanet", 5, 0.0), "settings_hash": "stale"})
-    assert publish().main(["--docs", str(tmp_path)]) == 0
-    assert "1 rows of other settings" in capsys.readouterr().out
-    page = (tmp_path / "RESULTS_SSM.md").read_text()
-    assert "| cs_neg_deltanet, final at T=20 | > 0.9 | 0.970 (0.930 to 0.990) | 3 | met |" in page
-    assert "| deltanet, final at T=20 | < 0.5 | 0.970 (0.930 to 0.990) | 3 | **not met** |" in page
-    assert "| minimal state: cs_neg_deltanet passes | > 0.9 | no rows | 0 | not run yet |" in page
-    assert "| cs_neg_deltanet | 3 | 0.970 (0.930 to 0.990) |" in page
-    assert "| *chance* | | 0.125 | 0.125 |" in page
-    assert "1,234" in page
-    assert "`the command`: 6 runs, 6.0 minutes of processes, 2 at a time, on a machine, torch 2." in page
-    assert (tmp_path / "figures" / "ssm_d4.png").stat().st_size > 1000
-
-
-def test_without_rows_there_is_no_page(tmp_path: Path, capsys) -> None:
-    assert publish().main(["--docs", str(tmp_path)]) == 1
-    assert "no rows" in capsys.readouterr().err
-    assert not (tmp_path / "RESULTS_SSM.md").exists()
 
 
 # the ablations -------------------------------------------------------------------------------------------------------

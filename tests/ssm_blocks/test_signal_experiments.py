@@ -3,12 +3,17 @@
 import io
 import json
 import math
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 from ssm_blocks.experiments import scifar
-from ssm_blocks.experiments.delta_speed import OperationCounter, make_inputs, naive_wy, ours
+from ssm_blocks.experiments.counting import OperationCounter
+from ssm_blocks.experiments.delay import work
+from ssm_blocks.experiments.delta_speed import make_inputs, naive_wy, ours
 from ssm_blocks.experiments.linear_attention import DENSE, POSITIONED
 from ssm_blocks.experiments.runner import plan, run_job
 from ssm_blocks.experiments.sinusoid import SinusoidModel, errors
@@ -80,6 +85,14 @@ def test_the_controls_agree_in_all_forms(mixer: str) -> None:
     assert (moved - whole[:, 30:]).abs().max() > 1e-3, "positions make a difference"
 
 
+def test_work_is_counted_without_doing_it() -> None:
+    dense, hss = (work(name, 512, 64) for name in ("dense", "hss"))
+    assert hss["kernels"] > dense["kernels"] > 0
+    whole = 3 * 2 * 512 * 1024**2 / 1e12  # a map of 1024 channels or a product with the state, both gradients too
+    assert 6 * whole < dense["tflop"] < 6.6 * whole  # four maps, writing, reading, and chunks of 64
+    assert 4 * whole < hss["tflop"] < dense["tflop"]
+
+
 def test_the_naive_form_and_ours_are_the_delta_rule() -> None:
     inputs = make_inputs(1, 128, 16, 0, torch.float32, torch.device("cpu"))
     core = [inputs[name] for name in ("q", "k", "v", "beta")]
@@ -95,6 +108,7 @@ def test_operations_are_counted_by_kind() -> None:
         (a @ b).t().exp()
     assert counter.in_products == 2 * 8 * 16 * 4
     assert counter.elsewhere == 8 * 4
+    assert (counter.kernels, counter.written) == (2, 2 * 8 * 4 * a.element_size())
 
 
 # images ---------------------------------------------------------------------------------------------------------------
@@ -105,7 +119,6 @@ def images(tmp_path, monkeypatch):
     """A folder of three images, uniform in colour except for the first pixel, and a cache of its own."""
     import pyarrow as pa
     import pyarrow.parquet as parquet
-    from PIL import Image
 
     encoded = []
     for i in range(3):
@@ -131,6 +144,27 @@ def test_images_come_row_by_row_and_are_decoded_once(images) -> None:
     before = cached.stat().st_mtime_ns
     assert torch.equal(cifar10("train").pixels, found.pixels)
     assert cached.stat().st_mtime_ns == before
+
+
+def test_datasets_and_torchvision_give_the_same_images(images, monkeypatch) -> None:
+    """Both by stand-ins with what the packages document: rows with a PIL image; `data` [N, 32, 32, 3] and `targets`."""
+    import datasets
+
+    found = cifar10("train")
+    pictures = [Image.fromarray(x.view(32, 32, 3).numpy()) for x in found.pixels]
+    rows = [{"img": i, "label": n} for i, n in zip(pictures, found.labels.tolist(), strict=True)]
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: rows if name == "uoft-cs/cifar10" else [])
+    package = ModuleType("torchvision.datasets")
+    package.CIFAR10 = lambda root, train, download: SimpleNamespace(
+        data=found.pixels.view(-1, 32, 32, 3).numpy() if train and root == "there" else None,
+        targets=found.labels.tolist(),
+    )
+    monkeypatch.setitem(sys.modules, "torchvision", ModuleType("torchvision"))
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", package)
+    for source in ("datasets", "torchvision:there"):
+        read = cifar10("train", source)
+        assert torch.equal(read.pixels, found.pixels)
+        assert torch.equal(read.labels, found.labels)
 
 
 def test_missing_images_are_an_error_of_one_line(tmp_path, monkeypatch) -> None:
