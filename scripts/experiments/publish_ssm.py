@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     docs = parser.parse_args(argv).docs
     (docs / "figures").mkdir(parents=True, exist_ok=True)
     sections, judged = [], {}
-    for name in catalogue.NAMES:
+    for name in sorted(catalogue.NAMES, key=lambda name: catalogue.experiment(name).proposal):
         rows = current(catalogue.experiment(name), Store(docs / "results" / "ssm" / f"{name}.jsonl").rows())
         if rows:
             sections.append(section(catalogue.experiment(name), rows, docs / "figures"))
