@@ -355,6 +355,7 @@ def measure(arguments: argparse.Namespace, base: Path) -> dict[str, Any]:
     with contextlib.suppress(Done):
         launch.run_script(session)
     result = figures(bench, arguments, ranks.differing(dict(models[0].named_parameters())))
+    result["num_optimizers"] = 1 if hasattr(GPT, "setup_optimizer") else 2
     if dist.is_initialized():
         dist.destroy_process_group()
     return result

@@ -74,8 +74,9 @@ def _measured_in_the_loop(content: dict[str, Any]) -> list[str]:
 def nanochat(content: dict[str, Any]) -> str:
     """In the real nanochat: blocks of steps with and without monitoring."""
     gpus = content["ranks"]
+    which = " of November 2025" if content.get("num_optimizers") == 2 else ""
     lines = [
-        f"### In nanochat, {'one GPU' if gpus == 1 else f'{gpus} GPUs'}",
+        f"### In nanochat{which}, {'one GPU' if gpus == 1 else f'{gpus} GPUs'}",
         "",
         "Depth 12, steps of 524,288 tokens, 48 attention matrices; blocks of 20 steps take turns, each unwatched one",
         "before a watched one leaves its bases 20 steps old. Speed of watched steps as a share of unwatched ones, in",

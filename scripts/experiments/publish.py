@@ -261,6 +261,7 @@ COSTS = {
     "spectral": cost_tables.spectral,
     "switching": cost_tables.switching,
     "nanochat": cost_tables.nanochat,
+    "nanochat_2025": cost_tables.nanochat,
     "nanochat_two_gpus": cost_tables.nanochat,
     "monitoring_cpu": cost_tables.monitoring,
     "sinks": cost_tables.sinks,
