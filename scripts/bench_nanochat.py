@@ -350,12 +350,13 @@ def measure(arguments: argparse.Namespace, base: Path) -> dict[str, Any]:
     session.optimizer_built = optimizer_built  # type: ignore[method-assign]
     from nanochat.gpt import GPT  # type: ignore[import-not-found]
 
-    flags = train_flags(arguments, hasattr(GPT, "setup_optimizer"))
+    one_optimizer = hasattr(GPT, "setup_optimizer")
+    flags = train_flags(arguments, one_optimizer)
     session.options = dataclasses.replace(session.options, base_train=tuple(flags))
     with contextlib.suppress(Done):
         launch.run_script(session)
     result = figures(bench, arguments, ranks.differing(dict(models[0].named_parameters())))
-    result["num_optimizers"] = 1 if hasattr(GPT, "setup_optimizer") else 2
+    result["num_optimizers"] = 1 if one_optimizer else 2
     if dist.is_initialized():
         dist.destroy_process_group()
     return result
