@@ -49,7 +49,7 @@ class OscillatoryDPLR(LinearStateMixer):
             learned_state=learned_state,
             backend=backend,
         )
-        rank = self.default_rank if rank is None else rank
+        rank = min(self.default_rank, state_size) if rank is None else rank
         if not 0 <= rank <= state_size:
             raise ValueError(f"rank is within 0..state_size = {state_size}, got {rank}")
         heads = self.num_heads

@@ -123,3 +123,18 @@ def test_import_is_light() -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(result.stdout) < 0.2
     assert ssm_blocks.available()
+
+
+def test_fla_is_imported_only_where_it_runs(tmp_path) -> None:
+    """Every mixer, forward, backward and step on a CPU, with an fla on the path that breaks whoever imports it."""
+    (tmp_path / "fla.py").write_text("raise SystemError('imported')")
+    code = (
+        f"import sys, torch; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "from ssm_blocks import available, build\n"
+        "for name in available():\n"
+        "    mixer = build(name, 16)\n"
+        "    mixer(torch.randn(1, 5, 16)).sum().backward()\n"
+        "    mixer.step(torch.randn(1, 16), mixer.init_state(1))\n"
+        "assert 'fla' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
