@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ssm_blocks import available, build
+from ssm_blocks import available, build, non_matrix_parameters
 from ssm_blocks.adapter import AttentionAdapter, is_attention_layer, mixer_factory
 from svdtrain.model.attention import CausalSelfAttention
 from svdtrain.model.generate import generate
@@ -129,3 +129,21 @@ def test_generation_from_prompts_of_any_length(pattern: str, prompt: int) -> Non
 def test_flops_count_state_and_gate() -> None:
     adapter = AttentionAdapter("deltanet", 128, 0, conv_size=0)
     assert adapter.flops_per_token() == 3 * (6 * 2 * 64 * 64 + 2 * 2 * 128)
+
+
+@pytest.mark.parametrize("name", available())
+def test_groups_of_the_optimizer(name: str) -> None:
+    """Projections to Muon; everything else of a mixer to AdamW without decay."""
+    from svdtrain.config import OptimConfig
+    from svdtrain.optim import build_param_groups
+
+    network = model(name)
+    adapters = {prefix: m for prefix, m in network.named_modules() if isinstance(m, AttentionAdapter)}
+    apart = [f"{prefix}.{key}" for prefix, adapter in adapters.items() for key in non_matrix_parameters(adapter)]
+    groups = build_param_groups(network, OptimConfig(), non_matrices=apart)
+    kinds = {id(p): (group["kind"], group["weight_decay"]) for group in groups for p in group["params"]}
+    for key, parameter in network.named_parameters():
+        if ".attn_mixer." in key:
+            kind, decay = kinds[id(parameter)]
+            assert kind == ("muon" if key.endswith("_proj.weight") else "adamw"), key
+            assert decay == 0 or kind == "muon", key
