@@ -27,6 +27,11 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def complex_of(dtype: torch.dtype) -> torch.dtype:
+    """The complex type of a real one's precision; `dtype.to_complex` would break a compiled graph."""
+    return torch.complex128 if dtype == torch.float64 else torch.complex64
+
+
 @torch.no_grad()
 def fill_uniform(weight: Tensor, low: float, high: float, generator: Generator = None) -> None:
     """Uniform in place; drawn in float32 so that a seed gives the same numbers in every type."""

@@ -248,3 +248,15 @@ def test_bad_input_is_refused(name: str) -> None:
         build(name, DIM, conv_size=1.5)
     with pytest.raises(ValueError, match="backend"):
         build(name, DIM, **SMALL[name], backend="cuda")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"cs_deltanet", "cs_neg_deltanet", "dplr_ltv"}))
+def test_a_mixer_is_one_compiled_graph(name: str) -> None:
+    """Where permutations are learned, the graph breaks on purpose (`ops.routed`)."""
+    torch.compiler.reset()
+    mixer, x = make(name, torch.float32), rand(2, 20, DIM, dtype=torch.float32)
+    compiled = torch.compile(mixer, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), mixer(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert compiled(x).dtype == torch.bfloat16
