@@ -228,7 +228,7 @@ def publish(rows: dict[str, Row]) -> None:
     ]
     text = PAGE.read_text()
     before, rest = text.split(MARKS[0])
-    PAGE.write_text("\n".join([before + MARKS[0], *lines, MARKS[1] + rest.split(MARKS[1])[1]]))
+    PAGE.write_text("\n".join([before + MARKS[0], *lines, MARKS[1] + rest.split(MARKS[1], 1)[1]]))
     print(f"wrote the table of {len(rows)} mixers into {PAGE.relative_to(ROOT)}")
 
 

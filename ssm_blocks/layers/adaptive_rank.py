@@ -44,8 +44,20 @@ def coupling(mixer: OscillatoryDPLR, num_points: int = 64) -> Tensor:
     return torch.einsum("hnr,hzn,hns->hzrs", Q.conj(), resolvent, P)
 
 
+def _check_kind(mixer: OscillatoryDPLR) -> None:
+    if not isinstance(mixer, OscillatoryDPLR):
+        raise ValueError(f"ranks are those of adaptive_dplr and oscillatory_dplr, got a {type(mixer).__name__}")
+
+
+def _check_coupled(mixer: OscillatoryDPLR) -> None:
+    _check_kind(mixer)
+    if mixer.rank == 0:
+        raise ValueError("this layer has no coupling (rank 0), so there is nothing to truncate")
+
+
 def _system(mixer: OscillatoryDPLR, num_points: int) -> tuple[Tensor, Tensor, Tensor]:
     """P, Q [H, n, r] and 1 / (z - lambda) [H, num_points, n]."""
+    _check_kind(mixer)
     P, Q = mixer.low_rank(WORKING)
     poles = mixer.poles(WORKING)
     return P, Q, 1 / (circle(num_points, poles.device)[:, None] - poles.unsqueeze(1))
@@ -115,7 +127,8 @@ def truncate_layer(mixer: OscillatoryDPLR, rank: int) -> dict[str, tuple[nn.Para
     and the layer stable. The closest matrix of that rank, `ops.low_rank.truncate`, need not be. At the full rank
     nothing changes but the basis. Raises ValueError unless 1 <= rank <= the layer's rank.
     """
-    if not 1 <= rank <= mixer.rank:
+    _check_coupled(mixer)
+    if not isinstance(rank, int) or not 1 <= rank <= mixer.rank:
         raise ValueError(f"the rank after truncation must be within 1..{mixer.rank}, got {rank}")
     P, Q = mixer.low_rank(WORKING)
     basis, R = torch.linalg.qr(P)

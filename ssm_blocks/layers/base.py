@@ -105,6 +105,9 @@ class RecurrentMixer(Mixer):
     ) -> Tensor | tuple[Tensor, State]:
         """See `Mixer.forward`. Raises ValueError for input, boundaries or a state that do not fit."""
         self._check_input(x, 3)
+        if torch.is_autocast_enabled(x.device.type):  # it would take states, solves and gates to bf16 as well
+            with torch.autocast(x.device.type, enabled=False):
+                return self.forward(_autocast_would(x), state, cu_seqlens, return_state)
         packing = None if cu_seqlens is None else Packing.from_cu_seqlens(cu_seqlens, x)
         if packing is not None:
             x = packing.pad(x)
@@ -118,15 +121,21 @@ class RecurrentMixer(Mixer):
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """See `Mixer.step`."""
         self._check_input(x, 2)
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return self.step(_autocast_would(x), state)
         y, state = self._run(x.unsqueeze(1), self._checked_state(state, x), Call("step", x.dtype))
         return y.squeeze(1), state
 
     def init_state(
         self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> State:
-        """See `Mixer.init_state`; by default on the weights' device."""
+        """See `Mixer.init_state`; by default on the weights' device. Raises ValueError for no batch, or integers."""
+        dtype = torch.float32 if dtype is None else dtype
+        if batch < 1 or not dtype.is_floating_point:
+            raise ValueError(f"a state has at least one sequence, for activations of a real type; got {batch}, {dtype}")
         where = self.o_proj.weight.device if device is None else torch.device(device)
-        kind = wide(torch.float32 if dtype is None else dtype)
+        kind = wide(dtype)
         history = torch.zeros(batch, self.conv.history, self.conv.channels, device=where, dtype=kind)
         return {**self._first_state(batch, kind, where), "conv": history}
 
@@ -164,6 +173,10 @@ class RecurrentMixer(Mixer):
         return quiet
 
     def _check_input(self, x: Tensor, ndim: int) -> None:
+        where = self.o_proj.weight.device
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.device != where:
+            got = f"{x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"expected x as a tensor of floating type on {where}, where the weights are; got {got}")
         if x.ndim != ndim or x.size(-1) != self.dim or 0 in x.shape:
             shape = "[B, T, D]" if ndim == 3 else "[B, D]"
             raise ValueError(f"expected x {shape} with D = {self.dim} and nothing empty, got {list(x.shape)}")
@@ -173,13 +186,21 @@ class RecurrentMixer(Mixer):
         first = self.init_state(x.size(0), x.device, x.dtype)
         if state is None:
             return first
-        if state.keys() != first.keys():
-            raise ValueError(f"the state of {type(self).__name__} holds {sorted(first)}, got {sorted(state)}")
+        if not isinstance(state, dict) or state.keys() != first.keys():
+            got = sorted(state) if isinstance(state, dict) else type(state).__name__
+            raise ValueError(f"the state of {type(self).__name__} is a dict that holds {sorted(first)}, got {got}")
         for name, want in first.items():
             got = state[name]
+            if not isinstance(got, Tensor):
+                raise ValueError(f"state {name!r} must be a tensor, got {type(got).__name__}")
             if got.shape != want.shape or got.device != want.device or got.dtype != want.dtype:
                 raise ValueError(
                     f"state {name!r} must be {want.dtype} {list(want.shape)} on {want.device}, got {got.dtype} "
                     f"{list(got.shape)} on {got.device}; make it with init_state(batch, device, dtype)"
                 )
         return state
+
+
+def _autocast_would(x: Tensor) -> Tensor:
+    """x in the type that autocast takes products in; float64 stays, as it does there."""
+    return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(x.device.type))

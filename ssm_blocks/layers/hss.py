@@ -23,6 +23,7 @@ from ssm_blocks.ops.orthogonal import orthonormal_columns
 from ssm_blocks.ops.reference import linear_attention_reference
 
 SIDES = 2  # bases of keys and queries, bases of values
+SMALLEST_NODE = 16  # channels that a node needs for fla's kernel: the least that a tensor core multiplies
 
 
 class NestedBases(nn.Module):
@@ -104,6 +105,11 @@ class SegmentedHSS(RecurrentMixer):
                 f"a head of {width} channels must be leaf_size times 2, 4, 8, ... with 1 <= rank <= leaf_size; got "
                 f"rank {rank}, leaf_size {leaf}, chunk {chunk}"
             )
+        if backend == "fla" and rank < SMALLEST_NODE:
+            raise ValueError(
+                f"fla's kernel takes nodes of at least {SMALLEST_NODE} channels, these have rank {rank}; use "
+                f"backend='auto' or rank={SMALLEST_NODE}"
+            )
         super().__init__(dim, features=3 * dim, read_heads=(heads, width), conv_size=conv_size, backend=backend)
         self.num_heads, self.head_dim, self.rank, self.leaf_size, self.chunk = heads, width, rank, leaf, chunk
         self.q_proj, self.k_proj, self.v_proj = (Linear(dim, dim) for _ in range(3))
@@ -158,7 +164,7 @@ class SegmentedHSS(RecurrentMixer):
         flat = S.flatten(1, 2)
         if call.form == "step":
             o, last = linear_attention_reference(q, k, v, decay, flat)
-        elif q.size(-1) >= 16 and fla.use_fla(self.backend, call.dtype, q.device, q.size(-1), decays=True):
+        elif q.size(-1) >= SMALLEST_NODE and fla.use_fla(self.backend, call.dtype, q.device, q.size(-1), decays=True):
             o, last = fla.linear_attention(q, k, v, decay, flat, call.dtype)
         else:
             o, last = chunk_linear_attention(q, k, v, decay, flat, self.chunk)

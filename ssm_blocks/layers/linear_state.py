@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ssm_blocks.layers.base import Call, Inputs, RecurrentMixer
-from ssm_blocks.layers.modules import Generator, Linear, fill_normal, split_heads, wide
+from ssm_blocks.layers.modules import Generator, Linear, complex_of, fill_normal, split_heads, wide
 from ssm_blocks.mixer import State, register  # noqa: F401  (re-exported for the layers)
 
 
@@ -75,7 +75,7 @@ class LinearStateMixer(RecurrentMixer):
         shape = (batch, self.num_heads, self.state_size)
         if self.first_state is not None:
             return {"h": self._number(self.first_state.to(device), dtype).expand(shape)}
-        return {"h": torch.zeros(shape, dtype=dtype.to_complex() if self.is_complex else dtype, device=device)}
+        return {"h": torch.zeros(shape, dtype=complex_of(dtype) if self.is_complex else dtype, device=device)}
 
     def _features(self, x: Tensor) -> Tensor:
         return self.v_proj(x)

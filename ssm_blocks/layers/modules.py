@@ -27,6 +27,11 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def complex_of(dtype: torch.dtype) -> torch.dtype:
+    """The complex type of a real one's precision; `dtype.to_complex` would break a compiled graph."""
+    return torch.complex128 if dtype == torch.float64 else torch.complex64
+
+
 @torch.no_grad()
 def fill_uniform(weight: Tensor, low: float, high: float, generator: Generator = None) -> None:
     """Uniform in place; drawn in float32 so that a seed gives the same numbers in every type."""
@@ -109,7 +114,7 @@ class ShortConvolution(nn.Module):
 
     def __init__(self, channels: int, size: int) -> None:
         super().__init__()
-        if size < 0:
+        if not isinstance(size, int) or size < 0:
             raise ValueError(f"conv_size is 0 (none) or the number of tokens, got {size}")
         self.size, self.channels = size, channels
         self.weight = nn.Parameter(torch.empty(channels, size)) if size else None
@@ -156,7 +161,10 @@ class HeadNorm(nn.Module):
 
 def split_heads(dim: int, num_heads: int | None) -> tuple[int, int]:
     """(heads, width of a head); by default heads of 64. Raises ValueError where the width does not split."""
+    counts = (dim,) if num_heads is None else (dim, num_heads)
+    if not all(isinstance(count, int) and not isinstance(count, bool) and count > 0 for count in counts):
+        raise ValueError(f"width and num_heads are whole numbers of at least 1, got {dim!r} and {num_heads!r}")
     heads = max(1, dim // 64) if num_heads is None else num_heads
-    if dim < 1 or heads < 1 or dim % heads:
+    if dim % heads:
         raise ValueError(f"width {dim} does not split into {heads} heads; give num_heads that divides it")
     return heads, dim // heads

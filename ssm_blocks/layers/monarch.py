@@ -19,12 +19,13 @@ from ssm_blocks.layers.modules import Gate, Linear, split_heads, wide
 from ssm_blocks.mixer import register
 from ssm_blocks.ops import triton_scan
 from ssm_blocks.ops.householder import householder_product, householder_product_reference
-from ssm_blocks.ops.orthogonal import scaled_cayley
+from ssm_blocks.ops.orthogonal import scaled_cayley, skew
 from ssm_blocks.ops.reference import scan_reference
 from ssm_blocks.ops.scans import scan
 
 FACTORS = 2  # L and R
 FORGET_BIAS = 8.0  # sigmoid(8) = .9997
+LARGEST_SKEW = 100.0
 
 
 @register("monarch")
@@ -148,6 +149,16 @@ def monarch_apply(L: Tensor, R: Tensor, h: Tensor) -> Tensor:
     return torch.einsum("...jai,...ij->...aj", L, rows).flatten(-2)
 
 
+def _bounded_skew(X: Tensor) -> Tensor:
+    """The skew part of X [..., b, b], shortened to a Frobenius norm of at most 100: angles up to pi - .028.
+
+    The inverse in the Cayley transform is as inexact as this is long: without a bound, float32 lets norms reach 1.007.
+    """
+    K = skew(X)
+    length = torch.linalg.matrix_norm(K, keepdim=True)
+    return K * (LARGEST_SKEW / length.clamp(min=LARGEST_SKEW))
+
+
 @register("monarch_cayley")
 class MonarchCayley(MonarchGated):
     """Blocks are rotations: Cayley transforms of the input's skew part. n_h has no meaning here."""
@@ -164,7 +175,7 @@ class MonarchCayley(MonarchGated):
 
     def _blocks(self, vectors: Tensor, gates: Tensor | None, exact: bool) -> Tensor:
         sign = torch.ones_like(vectors[..., 0]) if gates is None else gates.tanh()
-        return scaled_cayley(vectors, sign)
+        return scaled_cayley(_bounded_skew(vectors), sign)
 
 
 @register("monarch_signed_cayley")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ssm_blocks.layers.base import Call, Inputs
 from ssm_blocks.layers.linear_state import LinearStateMixer, as_complex
-from ssm_blocks.layers.modules import Generator, bounded_exp, fill_normal
+from ssm_blocks.layers.modules import Generator, bounded_exp, complex_of, fill_normal
 from ssm_blocks.layers.poles import fill_dampings, fill_log_angles
 from ssm_blocks.mixer import register
 from ssm_blocks.ops.discretize import bilinear
@@ -49,7 +49,7 @@ class OscillatoryDPLR(LinearStateMixer):
             learned_state=learned_state,
             backend=backend,
         )
-        rank = self.default_rank if rank is None else rank
+        rank = min(self.default_rank, state_size) if rank is None else rank
         if not 0 <= rank <= state_size:
             raise ValueError(f"rank is within 0..state_size = {state_size}, got {rank}")
         heads = self.num_heads
@@ -87,7 +87,7 @@ class OscillatoryDPLR(LinearStateMixer):
     def low_rank(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """(P, Q) [H, n, r] with A = diag(lambda) - P Q^*."""
         if self.P is None or self.X is None or self.K is None:
-            none = torch.zeros(self.num_heads, self.state_size, 0, dtype=dtype.to_complex(), device=self.C.device)
+            none = torch.zeros(self.num_heads, self.state_size, 0, dtype=complex_of(dtype), device=self.C.device)
             return none, none
         P, X, K = (as_complex(parameter, dtype) for parameter in (self.P, self.X, self.K))
         return P, P @ (X @ X.mH + skew(K)).mH

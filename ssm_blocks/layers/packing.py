@@ -8,6 +8,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+INTEGERS = (torch.int64, torch.int32, torch.int16)  # of a sign: differences are taken
+
 
 @dataclass(frozen=True, kw_only=True)
 class Packing:
@@ -39,8 +41,11 @@ class Packing:
 def _check(cu_seqlens: Tensor, x: Tensor) -> None:
     if x.size(0) != 1:
         raise ValueError(f"with cu_seqlens the batch is one packed row [1, T, D], got {list(x.shape)}")
-    if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2 or cu_seqlens.is_floating_point():
-        raise ValueError("cu_seqlens is a 1-D integer tensor [N + 1] of the boundaries between N sequences")
+    integers = isinstance(cu_seqlens, Tensor) and cu_seqlens.dtype in INTEGERS
+    if not integers or cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
+        raise ValueError(
+            "cu_seqlens is a 1-D tensor [N + 1] of int64, int32 or int16: the boundaries between N sequences"
+        )
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != x.size(1):
         raise ValueError(f"cu_seqlens runs from 0 to the row's length {x.size(1)}, got {bounds[0]} to {bounds[-1]}")

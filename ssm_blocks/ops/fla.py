@@ -50,10 +50,11 @@ def _lack(device: torch.device, decays: bool) -> str:
     """What is wrong with the installation, which the user can mend."""
     if importlib.util.find_spec("fla") is None:
         return "needs the package fla-core[cuda], which is not installed"
-    return _trouble_with_decays(device) if decays else ""
+    return trouble_with_decays(device) if decays else ""
 
 
-def _trouble_with_decays(device: torch.device) -> str:
+def trouble_with_decays(device: torch.device) -> str:
+    """Why gradients of kernels with decays cannot be had here, "" where they can (or none are recorded)."""
     first, mended = WRONG_DECAYS
     version = installed.triton_version()
     if not torch.is_grad_enabled() or not first <= installed.numbers(version) < mended:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -63,6 +64,10 @@ def largest_remainder(weights: list[float], budget: int, minimum: int = 0, maxim
     cap = budget if maximum is None else maximum
     if not all(0 <= w < float("inf") for w in weights):
         raise ValueError(f"weights must be finite and not negative, got {weights}")
+    if not all(isinstance(x, int) for x in (budget, minimum, cap)) or minimum < 0:
+        raise ValueError(
+            f"budget, minimum and maximum are whole numbers of at least 0, got {budget!r}, {minimum!r}, {cap!r}"
+        )
     if not count * minimum <= budget <= count * cap:
         raise ValueError(
             f"a budget of {budget} over {count} shares of {minimum}..{cap} each: must be within "
@@ -85,13 +90,14 @@ def largest_remainder(weights: list[float], budget: int, minimum: int = 0, maxim
     return shares
 
 
-def _quotas(weights: list[float], rest: int) -> list[float]:
-    """`rest` in proportion to the weights; equally if they are all zero."""
-    total = sum(weights)
-    return [rest * (w / total if total > 0 else 1 / len(weights)) for w in weights]
+def _quotas(weights: list[float], rest: int) -> list[Fraction]:
+    """`rest` in proportion to the weights; equally if they are all zero. Exact: a sum of floats may overflow."""
+    exact = [Fraction(float(w)) for w in weights]
+    total = sum(exact)
+    return [rest * (w / total if total else Fraction(1, len(exact))) for w in exact]
 
 
-def _round(quota: list[float], rest: int) -> list[int]:
+def _round(quota: list[Fraction], rest: int) -> list[int]:
     """Whole numbers that sum to `rest`: whole parts first, then one each by size of the remainder."""
     whole = [int(share) for share in quota]
     by_remainder = sorted(range(len(quota)), key=lambda i: (whole[i] - quota[i], i))

@@ -5,7 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ssm_blocks import Mixer, State
+from ssm_blocks import Mixer, State, available, build
+
+DIM = 8
+SMALL: dict[str, dict] = {name: {"num_heads": 2} for name in available()}
+for _name in SMALL:
+    if _name.startswith(("diagonal", "linoss", "dplr_lti", "dplr_plain", "dplr_similarity")):
+        SMALL[_name]["state_size"] = 5
+    if _name == "segmented_hss":
+        SMALL[_name] = {"num_heads": 1, "leaf_size": 2, "rank": 1}
+    if _name in ("oscillatory_dplr", "adaptive_dplr"):
+        SMALL[_name] |= {"state_size": 5, "rank": 2}
+    if _name == "monarch":
+        SMALL[_name] |= {"block_size": 2, "num_householder": 2}
+    if _name.startswith("monarch_"):
+        SMALL[_name]["block_size"] = 2
 
 
 def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -23,15 +37,25 @@ def randomised(mixer: Mixer, seed: int = 0, scale: float = 0.5) -> Mixer:
     return mixer
 
 
+def make(name: str, dtype: torch.dtype = torch.float64, **options) -> Mixer:
+    return randomised(build(name, DIM, **SMALL[name], **options).to(dtype))
+
+
 def random_state(mixer: Mixer, batch: int, dtype: torch.dtype = torch.float64, seed: int = 5) -> State:
-    state = mixer.init_state(batch, dtype=dtype)
     generator = torch.Generator().manual_seed(seed)
-    return {
-        name: (value.detach() + 0.5 * torch.randn(value.shape, generator=generator, dtype=torch.float64)).to(
-            value.dtype
+
+    def moved(value: Tensor) -> Tensor:
+        noise = torch.randn(
+            value.shape, generator=generator, dtype=torch.complex128 if value.is_complex() else torch.float64
         )
-        for name, value in state.items()
-    }
+        return (value.detach() + 0.5 * noise).to(value.dtype)
+
+    return {name: moved(value) for name, value in mixer.init_state(batch, dtype=dtype).items()}
+
+
+def narrow(state: State) -> State:
+    """A float64 state as float32."""
+    return {name: value.to(torch.complex64 if value.is_complex() else torch.float32) for name, value in state.items()}
 
 
 def run(mixer: Mixer, form: str, x: Tensor, state: State | None) -> tuple[Tensor, State]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ssm_blocks import available, build
+from ssm_blocks import available, build, non_matrix_parameters
 from ssm_blocks.adapter import AttentionAdapter, is_attention_layer, mixer_factory
 from svdtrain.model.attention import CausalSelfAttention
 from svdtrain.model.generate import generate
@@ -41,9 +41,9 @@ def test_decoding_equals_one_pass(name: str) -> None:
     torch.testing.assert_close(torch.cat(got, 1), want, atol=2e-4, rtol=1e-3)
 
 
-def bytes_after(pattern: str, max_len: int) -> int:
+def bytes_after(pattern: str, max_len: int, name: str = "neg_deltanet") -> int:
     """Of a cache for max_len tokens after a prefill and one more token."""
-    network = model("neg_deltanet", pattern)
+    network = model(name, pattern)
     cache = KVCache.for_model(network, batch_size=1, max_len=max_len)
     with torch.no_grad():
         network(torch.zeros(1, max_len - 1, dtype=torch.long), kv_cache=cache)
@@ -56,6 +56,11 @@ def test_memory_of_decoding_does_not_grow_with_the_length() -> None:
     state = sum(x.numel() for x in build("neg_deltanet", 32).init_state(1).values())
     assert bytes_after("M", 12) == bytes_after("M", 400) == 4 * (2 * state + 32)
     assert bytes_after("MA", 400) - bytes_after("MA", 12) == 4 * 2 * 32 * (400 - 12)
+
+
+@pytest.mark.parametrize("name", available())
+def test_memory_of_every_mixer_is_constant(name: str) -> None:
+    assert bytes_after("M", 2, name) == bytes_after("M", 130, name)
 
 
 def test_mixers_and_attention_in_one_model() -> None:
@@ -95,14 +100,50 @@ def test_nanochat_signatures_and_its_cache() -> None:
         adapter(x, None)
 
 
-def test_adaptive_svd_finds_the_projections() -> None:
+@pytest.mark.parametrize("name", available())
+def test_adaptive_svd_finds_the_projections(name: str) -> None:
+    """All of them, and nothing that is no projection."""
     from svdtrain.adaptive.targets import select_targets
 
-    network = nn.ModuleDict({"attn": AttentionAdapter("deltanet", 32, 0, num_heads=1)})
+    network = nn.ModuleDict({"attn": AttentionAdapter(name, 64, 0)})
     found = select_targets(network, "attn")
-    assert {name.rsplit(".", 1)[-1] for name in found} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert {f"{key.removesuffix('.weight')}.weight" for key in found} == {
+        key for key, _ in network.named_parameters() if key.endswith("_proj.weight")
+    }
+    assert len(found) >= 2
+
+
+@pytest.mark.parametrize("prompt", [1, 63, 64, 65, 150])
+@pytest.mark.parametrize("pattern", ["M", "MA"])
+def test_generation_from_prompts_of_any_length(pattern: str, prompt: int) -> None:
+    """Longer than the context too (64 tokens): decoding is then what one pass over everything says."""
+    network = model("monarch", pattern)
+    tokens = torch.randint(50, (prompt,), generator=torch.Generator().manual_seed(prompt)).tolist()
+    got = list(generate(network, tokens, 3, temperature=0.0))
+    with torch.no_grad():
+        for _ in range(3):
+            tokens.append(int(network(torch.tensor([tokens]))[0, -1].argmax()))
+    assert got == tokens[prompt:]
 
 
 def test_flops_count_state_and_gate() -> None:
     adapter = AttentionAdapter("deltanet", 128, 0, conv_size=0)
     assert adapter.flops_per_token() == 3 * (6 * 2 * 64 * 64 + 2 * 2 * 128)
+
+
+@pytest.mark.parametrize("name", available())
+def test_groups_of_the_optimizer(name: str) -> None:
+    """Projections to Muon; everything else of a mixer to AdamW without decay."""
+    from svdtrain.config import OptimConfig
+    from svdtrain.optim import build_param_groups
+
+    network = model(name)
+    adapters = {prefix: m for prefix, m in network.named_modules() if isinstance(m, AttentionAdapter)}
+    apart = [f"{prefix}.{key}" for prefix, adapter in adapters.items() for key in non_matrix_parameters(adapter)]
+    groups = build_param_groups(network, OptimConfig(), non_matrices=apart)
+    kinds = {id(p): (group["kind"], group["weight_decay"]) for group in groups for p in group["params"]}
+    for key, parameter in network.named_parameters():
+        if ".attn_mixer." in key:
+            kind, decay = kinds[id(parameter)]
+            assert kind == ("muon" if key.endswith("_proj.weight") else "adamw"), key
+            assert decay == 0 or kind == "muon", key

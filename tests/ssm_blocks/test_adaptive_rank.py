@@ -97,8 +97,29 @@ def test_hutchinson_agrees_with_the_exact_traces() -> None:
 def test_allocation_spends_the_budget() -> None:
     assert allocate_ranks([10.0, 1.0, 1.0, 0.0], 16, r_max=8) == [8, 4, 3, 1]
     assert allocate_ranks([0.0] * 4, 4, r_max=8) == [1, 1, 1, 1]
-    with pytest.raises(ValueError, match=r"4\.\.32"):
-        allocate_ranks([1.0] * 4, 33, r_max=8)
+    assert allocate_ranks([1e308] * 4, 16, r_max=8) == [4] * 4  # the sum of these is no float
+    assert allocate_ranks([1.0] * 3, 3, r_max=8) == [1] * 3
+    assert allocate_ranks([1.0] * 3, 24, r_max=8) == [8] * 3
+    for budget in (3, 33):
+        with pytest.raises(ValueError, match=r"4\.\.32"):
+            allocate_ranks([1.0] * 4, budget, r_max=8)
+    with pytest.raises(ValueError, match="whole numbers"):
+        allocate_ranks([1.0] * 4, 8.5, r_max=8)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="finite"):
+        allocate_ranks([float("nan"), 1.0], 4, r_max=8)
+
+
+def test_layers_without_a_coupling() -> None:
+    bare = build("oscillatory_diagonal", 8)
+    assert isinstance(bare, OscillatoryDPLR)
+    assert logdet_score(bare) == frobenius_score(bare) == 0
+    assert power_series_score(bare) == (0, 0)
+    with pytest.raises(ValueError, match="no coupling"):
+        truncate_layer(bare, 1)
+    for function in (logdet_score, lambda layer: truncate_layer(layer, 1)):
+        with pytest.raises(ValueError, match="got a DeltaNet"):
+            function(build("deltanet", 8))  # type: ignore[arg-type]
+    assert build("adaptive_dplr", 8, state_size=4).rank == 4  # never above the state
 
 
 def test_truncation_keeps_what_matters_and_stays_stable() -> None:

@@ -185,6 +185,7 @@ def test_monarch_is_rows_then_columns_and_not_closed() -> None:
         ("monarch", {"block_size": 1}, "block_size"),
         ("diagonal", {"state_size": 0}, "state_size"),
         ("diagonal", {"backend": "fla"}, "no kernel"),
+        ("segmented_hss", {"backend": "fla"}, "at least 16 channels"),
     ],
 )
 def test_wrong_options_say_what_is_right(name: str, options: dict, words: str) -> None:

@@ -80,7 +80,7 @@ def signed_permutations(n: int) -> Tensor:
     return torch.stack([s[:, None] * eye[list(p)] for p in itertools.permutations(range(n)) for s in signs])
 
 
-@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("n", [2, 3, 4])
 @torch.no_grad()
 def test_signed_permutations_solve_B_n_with_n_states(n: int) -> None:
     """B_2 is D4: the smallest state there is."""

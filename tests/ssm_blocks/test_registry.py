@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import ssm_blocks
 from ssm_blocks import Mixer, State, available, build, non_matrix_parameters, register
+from ssm_blocks.layers.modules import Linear
 from ssm_blocks.mixer import _BUILT_IN, _registry, mixer_class
 
 
@@ -17,27 +18,25 @@ class Average(Mixer):
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim)
-        self.v_proj = nn.Linear(dim, dim, bias=False)
+        self.v_proj = Linear(dim, dim)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        nn.init.normal_(self.v_proj.weight, std=self.dim**-0.5, generator=generator)
+        self.v_proj.init_weights(generator)
 
     def init_state(self, batch, device=None, dtype=None) -> State:
-        zeros = torch.zeros(batch, self.dim + 1, device=device, dtype=dtype)
-        return {"sum": zeros}
+        return {"sum": torch.zeros(batch, self.dim + 1, device=device)}
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        one = torch.ones_like(x[:, :1])
-        total = state["sum"] + torch.cat([self.v_proj(x), one], -1)
-        return total[:, :-1] / total[:, -1:], {"sum": total}
+        y, state = self(x.unsqueeze(1), state, return_state=True)
+        return y.squeeze(1), state
 
     def forward(self, x, state=None, cu_seqlens=None, return_state=False):
         if cu_seqlens is not None:
             raise ValueError("Average takes no packed sequences")
-        state = self.init_state(x.size(0), x.device, x.dtype) if state is None else state
-        ones = torch.ones_like(x[..., :1])
-        total = state["sum"].unsqueeze(1) + torch.cat([self.v_proj(x), ones], -1).cumsum(1)
-        y = total[..., :-1] / total[..., -1:]
+        state = self.init_state(x.size(0), x.device) if state is None else state
+        counted = torch.cat([self.v_proj(x), torch.ones_like(x[..., :1])], -1).float()
+        total = state["sum"].unsqueeze(1) + counted.cumsum(1)
+        y = (total[..., :-1] / total[..., -1:]).to(x.dtype)
         return (y, {"sum": total[:, -1]}) if return_state else y
 
 
@@ -123,3 +122,18 @@ def test_import_is_light() -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(result.stdout) < 0.2
     assert ssm_blocks.available()
+
+
+def test_fla_is_imported_only_where_it_runs(tmp_path) -> None:
+    """Every mixer, forward, backward and step on a CPU, with an fla on the path that breaks whoever imports it."""
+    (tmp_path / "fla.py").write_text("raise SystemError('imported')")
+    code = (
+        f"import sys, torch; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "from ssm_blocks import available, build\n"
+        "for name in available():\n"
+        "    mixer = build(name, 16)\n"
+        "    mixer(torch.randn(1, 5, 16)).sum().backward()\n"
+        "    mixer.step(torch.randn(1, 16), mixer.init_state(1))\n"
+        "assert 'fla' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
