@@ -38,7 +38,7 @@ from ssm_blocks.ops import fla
 from ssm_blocks.ops.reference import delta_rule_reference, dplr_reference, linear_attention_reference
 
 LIMIT = 0.01
-BATCH, HEADS = 2, 4
+BATCH, HEADS, FEW = 2, 4, 32
 LAYERS: dict[str, dict] = {
     "deltanet": {},
     "neg_deltanet": {},
@@ -159,10 +159,20 @@ def random_inputs(length: int, device: torch.device) -> dict[str, Tensor]:
     return {name: value.bfloat16().float().requires_grad_() for name, value in values.items()}
 
 
+def few(*keys: Tensor) -> list[Tensor]:
+    """Narrower than the values, as where permutations are learned."""
+    return [key[..., :FEW] for key in keys]
+
+
 KERNELS: dict[str, tuple[Callable, Callable, tuple[str, ...]]] = {
     "delta_rule": (
         lambda q, k, v, beta, S: fla.delta_rule(q, k, v, beta, None, S, torch.bfloat16),
         lambda q, k, v, beta, S: delta_rule_reference(q, k, v, beta, None, S),
+        ("q", "k", "v", "beta", "S"),
+    ),
+    "delta_rule_few_keys": (
+        lambda q, k, v, beta, S: fla.delta_rule(*few(q, k), v, beta, None, S[..., :FEW, :], torch.bfloat16),
+        lambda q, k, v, beta, S: delta_rule_reference(*few(q, k), v, beta, None, S[..., :FEW, :]),
         ("q", "k", "v", "beta", "S"),
     ),
     "gated_delta_rule": (

@@ -1,6 +1,8 @@
 """The bridge to fla: when it is taken, and that arguments arrive in fla's conventions (with a stand-in for fla)."""
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 
 import pytest
@@ -27,6 +29,7 @@ def wide(*tensors: Tensor) -> list[Tensor]:
 
 def chunk_delta_rule(q, k, v, beta, scale, initial_state, output_final_state):
     check(q, initial_state, scale, output_final_state)
+    assert q.size(-1) >= v.size(-1), "wrong on a GPU"
     return delta_rule_reference(*wide(q, k, v, beta), None, initial_state)
 
 
@@ -74,6 +77,24 @@ def test_a_layer_on_fla_equals_the_torch_form(name: str) -> None:
     for got, expected in ((y, want[0]), (state["S"], want[1]["S"])):
         error = (got.float() - expected.float()).square().mean().sqrt()
         assert error <= 0.02 * expected.float().square().mean().sqrt()  # inputs were rounded to bf16
+
+
+@pytest.mark.usefixtures("_stand_in")
+@pytest.mark.parametrize("keys", [3, 8, 11])
+def test_keys_are_filled_up_to_as_many_as_values(keys: int) -> None:
+    shapes = {"q": (2, 5, 3, keys), "k": (2, 5, 3, keys), "v": (2, 5, 3, 8), "beta": (2, 5, 3), "S": (2, 3, keys, 8)}
+    values = [rand(*shape, seed=i).bfloat16().float() for i, shape in enumerate(shapes.values())]
+    weights = rand(2, 5, 3, 8).float(), rand(2, 3, keys, 8).float()
+
+    def found(rule: Callable) -> list[Tensor]:
+        *core, S = leaves = [value.clone().requires_grad_() for value in values]
+        outputs = rule(*core, None, S)
+        loss = sum((output * weight).sum() for output, weight in zip(outputs, weights, strict=True))
+        return [*outputs, *torch.autograd.grad(loss, leaves)]
+
+    got, want = found(partial(fla.delta_rule, dtype=torch.bfloat16)), found(delta_rule_reference)
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.02, atol=0.05)  # gradients pass through bf16
 
 
 @pytest.mark.usefixtures("_stand_in")
