@@ -166,7 +166,10 @@ def _iterate(
     if not warm:
         return old, *_nothing_known(W)
     base = _filled(_pick(old, warm), [part.filled[rows[j]] for j in warm])
-    cut = torch.tensor([part.wanted[rows[j]] for j in warm], device=W.device)
+    cut = _take(part.cut, [rows[j] for j in warm])
+    wanted, known = ([values[rows[j]] for j in warm] for values in (part.wanted, part.filled))
+    if any(k > columns for k, columns in zip(wanted, known, strict=True)):
+        cut = torch.tensor(wanted, device=W.device)
     result = warm_steps(
         _take(W, warm), base.U, base.S, base.V, way=_ritz_way(job.ritz, base.S), cut=cut,
         tolerance=job.residual_tolerance, max_iterations=job.max_iterations,
