@@ -97,8 +97,9 @@ def build_trainer(
     world = init_world(kind, on_loss=leave_lost_rank)
     device = resolve_device(config.train.device, world.local_rank)
     _set_arithmetic(device)
-    data = prepare_data(config, world, console)
     _check_batch(config, world)
+    _mixer_factory(config.model)  # what cannot work is said before text is prepared for minutes
+    data = prepare_data(config, world, console)
     model = build_model(config, data.tokenizer.vocab_size, device)
     stream = TokenStream(
         data.train,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from svdtrain.config import SVDConfig
 from svdtrain.spectral.activations import collect_input_covariances
 from svdtrain.trainer.distributed import World, sum_over_ranks
 from svdtrain.trainer.state import ReplayableStream, TrainState
+
+logger = logging.getLogger(__name__)
 
 Batch = tuple[Tensor, Tensor]
 ControlRows = Callable[[int], Batch]
@@ -76,6 +79,7 @@ class FirstSeen:
         self._reference = _to(_share(rows, self.counts.reference, world), state.device)
         self._probe = _to(rows, state.device)
         self._control = _to(control_rows(self.counts.probe), state.device)
+        self._said_unreached = False
 
     def reference_losses(self) -> list[Callable[[], Tensor]]:
         """One closure a part: the training forward, compiled where training is, on a shape that it knows."""
@@ -84,13 +88,22 @@ class FirstSeen:
 
     def probe_losses(self, layers: Mapping[str, nn.Module]) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of every probe row, [probe] in nats a token, and E[x x^T] [n, n] of the layers' inputs over all of them:
-        one forward of the uncompiled modules without gradients."""
+        one forward of the uncompiled modules without gradients. Layers whose weight is used without calling them are
+        left out, which is said once."""
         world = self._state.world
         with collect_input_covariances(layers) as collector:
             losses = self._row_losses(self._probe)
         if world.size > 1:
             collector.all_reduce()
-        return losses, {name: found.C for name, found in collector.result().items()}
+        unreached = collector.unreached
+        if unreached and not self._said_unreached:
+            self._said_unreached = True
+            logger.warning(
+                "no input reaches %s: their weights are used without calling the modules, so their inputs are not "
+                "measured, and cannot be protected",
+                ", ".join(unreached),
+            )
+        return losses, {name: found.C for name, found in collector.result(skip_unreached=True).items()}
 
     def control_losses(self) -> Tensor:
         """Loss of every control row, [rows] in nats a token."""

@@ -66,15 +66,22 @@ class CovarianceCollector:
             torch.distributed.all_reduce(rows, group=group)
             self._rows[name] = int(rows)
 
-    def result(self) -> dict[str, InputCovariance]:
-        """Covariances by name. Raises ValueError for a layer that saw no or non-finite input."""
-        unused = [name for name, rows in self._rows.items() if rows == 0]
-        if unused:
-            raise ValueError(f"no input reached {unused}: did the forward run inside the context, on these modules?")
-        broken = [name for name, total in self._sums.items() if not bool(torch.isfinite(total).all())]
+    @property
+    def unreached(self) -> list[str]:
+        """Layers that saw no input: the forward used their weights without calling them, or did not run."""
+        return [name for name, rows in self._rows.items() if rows == 0]
+
+    def result(self, *, skip_unreached: bool = False) -> dict[str, InputCovariance]:
+        """Covariances by name. Raises ValueError for non-finite input, and for a layer that saw none, unless those are
+        to be left out."""
+        unreached = self.unreached
+        if unreached and not skip_unreached:
+            raise ValueError(f"no input reached {unreached}: did the forward run inside the context, on these modules?")
+        sums = {name: total for name, total in self._sums.items() if name not in unreached}
+        broken = [name for name, total in sums.items() if not bool(torch.isfinite(total).all())]
         if broken:
             raise ValueError(f"the inputs of {broken} are not finite")
-        return {name: InputCovariance(total / self._rows[name], self._rows[name]) for name, total in self._sums.items()}
+        return {name: InputCovariance(total / self._rows[name], self._rows[name]) for name, total in sums.items()}
 
 
 @contextmanager

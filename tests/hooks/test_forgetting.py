@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from svdtrain.config import SVDConfig
 from svdtrain.hooks.forgetting import ForgettingHook
 from svdtrain.hooks.reference import count_rows
+from svdtrain.model.attention import CausalSelfAttention
 from svdtrain.trainer.hooks import Hook
 from svdtrain.trainer.loop import Trainer
 from tests.main_job import records, tiny_settings, tiny_trainer, write_corpus
@@ -123,6 +124,32 @@ def test_functional_drift_is_logged_beside_its_chance_level(corpus, tmp_path) ->
         drift, chance, lift = (last[f"drift/{name}/functional_drift{end}"] for end in ("", "_chance", "_lift"))
         assert drift > 0
         assert lift == pytest.approx(drift / chance, rel=1e-4)
+
+
+def test_a_module_that_is_not_called_is_named_once_and_left_out(corpus, tmp_path, monkeypatch, caplog) -> None:
+    """Attention's output projection by its weight alone, as a model of somebody else's may have it."""
+    plain = CausalSelfAttention.__init__
+
+    def init(self: CausalSelfAttention, *args: Any, **kwargs: Any) -> None:
+        plain(self, *args, **kwargs)
+        kind = type(self.c_proj)
+        self.c_proj.__class__ = type("ByWeight", (kind,), {"__call__": kind.forward})  # no hooks, as with F.linear
+
+    monkeypatch.setattr(CausalSelfAttention, "__init__", init)
+    trainer = tiny_trainer(tmp_path / "run", settings(corpus))
+    trainer.fit()
+    said = [record.message for record in caplog.records if "no input reaches" in record.message]
+    assert len(said) == 1
+    assert "c_proj" in said[0]
+    measured = {key.split("/")[1] for key in records(tmp_path / "run", "forgetting")[-1] if key.startswith("drift/")}
+    assert measured
+    assert not any("c_proj" in name for name in measured if "attn" in name)
+
+
+def test_a_wrong_mixer_is_named_before_any_text_is_read(tmp_path) -> None:
+    wrong = tiny_settings(tmp_path / "no text here", model={"mixer": "mambo"})
+    with pytest.raises(ValueError, match=r"unknown mixer 'mambo'"):
+        tiny_trainer(tmp_path / "run", wrong)
 
 
 def test_protecting_inputs_by_the_policy_has_its_references(corpus, tmp_path) -> None:

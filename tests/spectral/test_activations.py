@@ -72,6 +72,8 @@ def test_bad_input_is_named(toy: Toy) -> None:
         pass
     with pytest.raises(ValueError, match="no input reached"):
         unused.result()
+    assert unused.unreached == ["q"]
+    assert unused.result(skip_unreached=True) == {}
     with A.collect_input_covariances({"q": toy.q}) as broken, torch.no_grad():
         toy(torch.full((2, 6), float("nan")))
     with pytest.raises(ValueError, match="not finite"):
