@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import shutil
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[2]
 CLUSTERS = ("slurm", "local", "debug")
 ON_SLURM: dict[str, Any] = {
     "timeout_min": 60,
@@ -30,9 +32,8 @@ class ExperimentJob:
 
     def __call__(self) -> int:
         """Returns 0. Raises RuntimeError where the command fails, so that the job counts as failed."""
-        from ssm_blocks.experiments.__main__ import main
-
-        code = main(list(self.arguments))
+        command = [sys.executable, "-m", "ssm_blocks.experiments", *self.arguments]
+        code = subprocess.run(command, cwd=ROOT).returncode
         if code:
             raise RuntimeError(f"the experiments ended with exit code {code}; the output says why")
         return code

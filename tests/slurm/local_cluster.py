@@ -11,7 +11,11 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "scontrol")
 PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
@@ -53,6 +57,20 @@ def why_not() -> str:
     if missing:
         return f"no {', '.join(missing)} here (Debian: apt-get install slurm-wlm munge)"
     return "" if os.geteuid() == 0 else "starting Slurm's daemons needs root"
+
+
+@contextmanager
+def running(directory: Path, *, cpus: int, num_gpus: int) -> Iterator[LocalCluster]:
+    """A started cluster; the test is skipped where a container has not what the daemons need."""
+    cluster = LocalCluster(directory, cpus=cpus, num_gpus=num_gpus)
+    try:
+        try:
+            cluster.start()
+        except (AssertionError, OSError, subprocess.SubprocessError) as error:
+            pytest.skip(f"Slurm is installed and does not start here: {error}")
+        yield cluster
+    finally:
+        cluster.stop()
 
 
 class LocalCluster:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from svdtrain.launch.snapshot import take_snapshot
 from tests.main_job import records, tiny_settings, write_corpus
-from tests.slurm.local_cluster import LocalCluster, why_not
+from tests.slurm.local_cluster import LocalCluster, running, why_not
 
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(why_not()), reason=why_not() or "-")]
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,15 +32,8 @@ from svdtrain.cli import main
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
-    cluster = LocalCluster(tmp_path_factory.mktemp("cluster") / "slurm", cpus=64, num_gpus=8)
-    try:
-        try:
-            cluster.start()
-        except (AssertionError, OSError, subprocess.SubprocessError) as error:  # a container without what daemons need
-            pytest.skip(f"Slurm is installed and does not start here: {error}")
+    with running(tmp_path_factory.mktemp("cluster") / "slurm", cpus=64, num_gpus=8) as cluster:
         yield cluster
-    finally:
-        cluster.stop()
 
 
 @pytest.mark.parametrize("script", ["d20", "d12", "d4_cpu"])

@@ -13,7 +13,7 @@ import pytest
 from ssm_blocks.experiments import submit
 from ssm_blocks.experiments.__main__ import main
 from ssm_blocks.experiments.store import Store
-from tests.slurm.local_cluster import LocalCluster, why_not
+from tests.slurm.local_cluster import LocalCluster, running, why_not
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = ("d4", "--quick", "--device", "cpu", "--arms", "deltanet")
@@ -65,15 +65,8 @@ def test_a_failing_command_is_a_failed_job(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
-    cluster = LocalCluster(tmp_path_factory.mktemp("cluster") / "slurm", cpus=64, num_gpus=1)
-    try:
-        try:
-            cluster.start()
-        except (AssertionError, OSError, subprocess.SubprocessError) as error:  # a container without what daemons need
-            pytest.skip(f"Slurm is installed and does not start here: {error}")
+    with running(tmp_path_factory.mktemp("cluster") / "slurm", cpus=64, num_gpus=1) as cluster:
         yield cluster
-    finally:
-        cluster.stop()
 
 
 @pytest.mark.slurm
