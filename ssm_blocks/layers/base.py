@@ -105,7 +105,7 @@ class RecurrentMixer(Mixer):
     ) -> Tensor | tuple[Tensor, State]:
         """See `Mixer.forward`. Raises ValueError for input, boundaries or a state that do not fit."""
         self._check_input(x, 3)
-        if torch.is_autocast_enabled(x.device.type):  # it would take states, solves and gates to bf16 as well
+        if _is_autocast(x.device.type):  # it would take states, solves and gates to bf16 as well
             with torch.autocast(x.device.type, enabled=False):
                 return self.forward(_autocast_would(x), state, cu_seqlens, return_state)
         packing = None if cu_seqlens is None else Packing.from_cu_seqlens(cu_seqlens, x)
@@ -121,7 +121,7 @@ class RecurrentMixer(Mixer):
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """See `Mixer.step`."""
         self._check_input(x, 2)
-        if torch.is_autocast_enabled(x.device.type):
+        if _is_autocast(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
                 return self.step(_autocast_would(x), state)
         y, state = self._run(x.unsqueeze(1), self._checked_state(state, x), Call("step", x.dtype))
@@ -199,6 +199,11 @@ class RecurrentMixer(Mixer):
                     f"{list(got.shape)} on {got.device}; make it with init_state(batch, device, dtype)"
                 )
         return state
+
+
+def _is_autocast(device: str) -> bool:
+    """Also for devices that have none, as meta."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _autocast_would(x: Tensor) -> Tensor:
