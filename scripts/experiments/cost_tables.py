@@ -90,13 +90,17 @@ def nanochat(content: dict[str, Any]) -> str:
     """In the real nanochat: blocks of steps with and without monitoring."""
     gpus = content["ranks"]
     which = " of November 2025" if content.get("num_optimizers") == 2 else ""
+    explained = [
+        "Depth 12, steps of 524,288 tokens, 48 attention matrices; blocks of 20 steps take turns, each unwatched one",
+        "before a watched one leaves its bases 20 steps old. Speed as a share of that of unwatched steps (of unwatched",
+        "low-rank steps for `low-rank, watched`), in brackets the slowest and the fastest block. These are the first",
+        "170 steps of a training, in which ranks fall fastest.",
+        "",
+    ]
     lines = [
         f"### In nanochat{which}, {'one GPU' if gpus == 1 else f'{gpus} GPUs'}",
         "",
-        "Depth 12, steps of 524,288 tokens, 48 attention matrices; blocks of 20 steps take turns, each unwatched one",
-        "before a watched one leaves its bases 20 steps old. Speed of watched steps as a share of unwatched ones, in",
-        "brackets the slowest and the fastest block.",
-        "",
+        *(explained if gpus == 1 and not which else []),
         "| block | steps | tokens/s | by the mean step | by the median step |",
         "|---|---|---|---|---|",
     ]
@@ -128,10 +132,9 @@ def scaling(content: dict[str, Any]) -> str:
     gpus, save = many["world_size"], many["saves"][-1]
     same = "are the same on all ranks" if many["ranks_identical"] else "DIFFER between ranks"
     lines = [
-        f"### {gpus} GPUs",
+        f"### Our trainer on {gpus} GPUs",
         "",
-        f"Our trainer at depth {settings['depth']}, {int(settings['tokens_per_device']):,} tokens a step and GPU,"
-        " monitoring on.",
+        f"Depth {settings['depth']}, {int(settings['tokens_per_device']):,} tokens a step and GPU, monitoring on.",
         "",
         "| GPUs | tokens/s | step ms | waiting for the exchange, ms | optimizer, ms |",
         "|---|---|---|---|---|",
