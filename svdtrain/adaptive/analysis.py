@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from svdtrain.spectral.metrics import (
     sin_theta_squared,
 )
 from svdtrain.spectral.null import rotation_null, rotation_ratio, share_evidence, update_variance
-from svdtrain.spectral.rank import determine_next_r, initial_rank
+from svdtrain.spectral.rank import determine_next_r, initial_rank, spectrum_on_host
 
 _ENERGY_PERCENTILE = 0.9
 
@@ -107,7 +108,7 @@ def measure_tracked(
     `S_prev`: those of the decision before, None where there is nothing newer. Where there is no gap at k there is no
     angle either (nan).
     """
-    g, energy = S.numel(), S.double().square()
+    g, energy = S.numel(), np.square(spectrum_on_host(S))
     total = float(energy.sum())
     principal = fast.get("gradient/share", (g - r) / m)  # without a gradient: chance, no evidence either way
     return Measurement(

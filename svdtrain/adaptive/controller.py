@@ -345,7 +345,8 @@ class AdaptiveSVD:
         return start() if target.r is None or warming_up else target.r
 
     def _decide(self, target: Target, measured: Measurement, r: int, step: int) -> Decision:
-        measured = dataclasses.replace(measured, interference=self._interference.get(target.name, math.nan))
+        if target.name in self._interference:
+            measured = dataclasses.replace(measured, interference=self._interference[target.name])
         use_lowrank, r_next, diagnostics = self._ask_policy(target, measured, r, step)
         return Decision(target, measured, use_lowrank, r_next, diagnostics)
 

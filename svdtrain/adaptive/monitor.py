@@ -112,8 +112,8 @@ class Monitor:
         out = {key: slow[key] for key in _SLOW_EXTRAS if key in slow}
         out |= {f"update_{key}": fast[f"update/{key}"] for key in _FAST_EXTRAS if f"update/{key}" in fast}
         if name in self._spectra:
-            S = self._spectra[name]
-            out |= {f"singular_{at}": float(S[at * S.numel() // 100]) for at in _SPECTRUM_AT}
+            S = self._spectra[name].numpy()
+            out |= {f"singular_{at}": float(S[at * S.size // 100]) for at in _SPECTRUM_AT}
         return out
 
     def set_ranks(self, ranks: Mapping[str, int]) -> None:
@@ -124,7 +124,8 @@ class Monitor:
 
     def install(self, decompositions: Mapping[str, Decomposition], step: int) -> None:
         """Exact decompositions were made anyway: track from there."""
-        self.tracker.install(decompositions, {name: self._targets[name].W for name in decompositions}, step)
+        if decompositions:
+            self.tracker.install(decompositions, {name: self._targets[name].W for name in decompositions}, step)
 
     # --- saving ---
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-
-from svdtrain.spectral.metrics import directions_for_energy
 
 _START_BELOW_RANK = 10
 _ENERGY = 0.999  # protecting more than this share of the energy protects noise
@@ -58,10 +58,10 @@ def choose_rank(S: Tensor, S_prev: Tensor | None, r_current: int, r_min: int) ->
     * Rate: without a gap, r shrinks by 5 % once its own values changed by less than 2 % since the last analysis.
     At most a quarter of r goes at one analysis. Raises ValueError for an r outside [0, g] or a non-finite S.
     """
-    spectrum = S.detach().double().cpu()
+    spectrum = spectrum_on_host(S)
     _check(spectrum, r_current, r_min)
     g = spectrum.shape[0]
-    r_energy = g - int(directions_for_energy(spectrum, _ENERGY))
+    r_energy = g - _directions_for_energy(spectrum, _ENERGY)
     floor = max(r_min, r_energy)
     lowest = max(floor, math.ceil(r_current * _LARGEST_DROP))
     r_gap, gap_ratio = _gap(spectrum, r_current, lowest)
@@ -81,8 +81,22 @@ def choose_rank(S: Tensor, S_prev: Tensor | None, r_current: int, r_min: int) ->
     return RankChoice(r=max(lowest, shrunk), reason="bottom_settled", **numbers)
 
 
-def _check(S: Tensor, r_current: int, r_min: int) -> None:
-    if S.dim() != 1 or not bool(torch.isfinite(S).all()):
+def spectrum_on_host(S: Tensor) -> NDArray[np.float64]:
+    """Singular values [g] in numpy: a decision asks a dozen questions of each of a hundred short vectors, and a call of
+    torch takes several times as long as one of numpy."""
+    return S.detach().cpu().double().numpy()
+
+
+def _directions_for_energy(S: NDArray[np.float64], share: float) -> int:
+    """`metrics.directions_for_energy` of one spectrum, of any size."""
+    if not S[0] > 0:
+        return 0
+    cumulative = np.square(S / S[0]).cumsum()
+    return int((cumulative < share * cumulative[-1] * (1 - 1e-12)).sum()) + 1
+
+
+def _check(S: NDArray[np.float64], r_current: int, r_min: int) -> None:
+    if S.ndim != 1 or not np.isfinite(S).all():
         raise ValueError("S must be one finite vector of singular values")
     if not 0 <= r_current <= S.shape[0]:
         raise ValueError(f"r_current must lie in [0, {S.shape[0]}], got {r_current}")
@@ -90,26 +104,27 @@ def _check(S: Tensor, r_current: int, r_min: int) -> None:
         raise ValueError(f"r_min must not be negative, got {r_min}")
 
 
-def _gap(S: Tensor, r_current: int, r_lowest: int) -> tuple[int | None, float]:
+def _gap(S: NDArray[np.float64], r_current: int, r_lowest: int) -> tuple[int | None, float]:
     """The r in [r_lowest, r_current - 1] with the largest s_k / s_{k+1}, if that is a gap; and the ratio."""
     g = S.shape[0]
     first_k, last_k = max(1, g - r_current + 1), min(g - 1, g - r_lowest)
     if last_k < first_k:
         return None, 1.0
     above, below = S[first_k - 1 : last_k], S[first_k : last_k + 1]
-    ratios = above / below.clamp_min(torch.finfo(S.dtype).eps * max(float(S[0]), torch.finfo(S.dtype).tiny))
+    limits = np.finfo(np.float64)
+    ratios = above / np.maximum(below, limits.eps * max(float(S[0]), float(limits.tiny)))
     best = int(ratios.argmax())
     ratio = float(ratios[best])
     return (g - (first_k + best) if ratio >= _GAP_RATIO else None), ratio
 
 
-def _bottom_change(S: Tensor, S_prev: Tensor | None, r: int) -> float | None:
+def _bottom_change(S: NDArray[np.float64], S_prev: Tensor | None, r: int) -> float | None:
     """Relative change of the r smallest values since the last analysis."""
     if S_prev is None or r == 0:
         return None
-    if S_prev.shape != S.shape:
-        raise ValueError(f"S_prev has shape {tuple(S_prev.shape)}, S has {tuple(S.shape)}")
-    before = S_prev.detach().double().cpu()[-r:]
-    scale = float(torch.linalg.vector_norm(before))
-    change = float(torch.linalg.vector_norm(S[-r:] - before))
+    before = spectrum_on_host(S_prev)
+    if before.shape != S.shape:
+        raise ValueError(f"S_prev has shape {before.shape}, S has {S.shape}")
+    scale = float(np.linalg.norm(before[-r:]))
+    change = float(np.linalg.norm(S[-r:] - before[-r:]))
     return change / scale if scale > 0 else (0.0 if change == 0 else math.inf)

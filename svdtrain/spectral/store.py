@@ -113,14 +113,19 @@ class BasisStore:
 
     def set_cuts(self, cuts: Mapping[str, int]) -> None:
         """Set k of some matrices; a basis that knows fewer directions gets room, which the next analysis fills."""
+        self.check_cuts(cuts)
         for name, k in cuts.items():
-            g = min(self.shapes[name])
-            if not 0 <= k <= g:
-                raise ValueError(f"{name}: the cut must lie in [0, {g}], got {k}")
             self.rows[name].cut = k
         if any(name not in self.where or self._width(name) > self.where[name][0].width for name in self.rows):
             self._build({name: self._width(name) for name in self.rows})
         self.refresh_masks()
+
+    def check_cuts(self, cuts: Mapping[str, int]) -> None:
+        """ValueError for a k outside [0, g]."""
+        for name, k in cuts.items():
+            g = min(self.shapes[name])
+            if not 0 <= k <= g:
+                raise ValueError(f"{name}: the cut must lie in [0, {g}], got {k}")
 
     def refresh_masks(self) -> None:
         """Bring the masks of the principal columns in line with the rows' cuts."""
@@ -200,20 +205,28 @@ class BasisStore:
         for name, width in widths.items():
             like = self._like[name]
             groups.setdefault((self.shapes[name], width, like.dtype, like.device), []).append(name)
+        moved: list[tuple[str, tuple[Bucket, int]]] = []
         for (shape, width, _, _), names in groups.items():
             bucket = kept.get((tuple(names), width)) or Bucket(names, self._like[names[0]], shape, width)
             self.buckets.append(bucket)
             for i, name in enumerate(names):
                 self.where[name] = (bucket, i)
                 if name in old and old[name][0] is not bucket:
-                    self._carry_over(name, old[name])
+                    moved.append((name, old[name]))
+        self._carry_over(moved)
 
-    def _carry_over(self, name: str, old: tuple[Bucket, int]) -> None:
-        (source, j), (target, i), row = old, self.where[name], self.rows[name]
-        columns = min(source.width, target.width)
-        target.U[i, :, :columns].copy_(source.U[j, :, :columns])
-        target.S[i, :columns].copy_(source.S[j, :columns])
-        target.V[i, :, :columns].copy_(source.V[j, :, :columns])
-        target.spectrum[i].copy_(source.spectrum[j])
-        target.reference[i].copy_(source.reference[j])
-        row.filled = min(row.filled, columns)
+    def _carry_over(self, moved: list[tuple[str, tuple[Bucket, int]]]) -> None:
+        """What the old places of some rows hold, as far as there is room; field by field, for few calls."""
+        columns = {name: min(source.width, self.where[name][0].width) for name, (source, _) in moved}
+        for field in _STACKED:
+            pairs = []
+            for name, (source, j) in moved:
+                target, i = self.where[name]
+                into, values = getattr(target, field)[i], getattr(source, field)[j]
+                if field in ("U", "S", "V"):
+                    into, values = into[..., : columns[name]], values[..., : columns[name]]
+                pairs.append((into, values))
+            if pairs:
+                torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+        for name, _ in moved:
+            self.rows[name].filled = min(self.rows[name].filled, columns[name])

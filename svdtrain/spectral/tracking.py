@@ -132,6 +132,7 @@ class SubspaceTracker:
         self._fast = FastLane(
             device, own.fast_dtype, own.participation_every, own.gradient_right_side, beside=self._worker.beside
         )
+        self._new_cuts: dict[str, int] = {}
         self._looking: Future[None] | None = None
         self._analysing: tuple[Job, Future[dict[str, RowResult]]] | None = None
 
@@ -193,8 +194,7 @@ class SubspaceTracker:
 
         Adopted at once on the CPU, at the next call that touches the bases on a GPU.
         """
-        if self._analysing is not None:
-            self.settle()
+        self._adopt_analysis()
         chosen = set(self._store.rows if names is None else names)
         if not chosen:
             return
@@ -212,6 +212,14 @@ class SubspaceTracker:
         if self._analysing is not None:
             (job, future), self._analysing = self._analysing, None
             self._adopt(job, future.result())
+        new, self._new_cuts = self._new_cuts, {}
+        if any(self._store.rows[name].cut != k for name, k in new.items()):
+            self._store.set_cuts(new)
+
+    def _adopt_analysis(self) -> None:
+        """`settle`, where an analysis is under way; a look alone concerns no basis and is not waited for."""
+        if self._analysing is not None:
+            self.settle()
 
     def poll(self) -> list[Report]:
         """Finished reports, oldest first; never waits. Kinds "fast" and "slow"."""
@@ -245,7 +253,7 @@ class SubspaceTracker:
 
     def host_spectrum(self, name: str) -> Tensor:
         """`spectrum` as it was adopted, float32 on the host, without waiting for the device."""
-        self.settle()
+        self._adopt_analysis()
         S = self._store.rows[name].host_spectrum
         if S is None:
             raise LookupError(f"{name} has no basis yet")
@@ -253,7 +261,7 @@ class SubspaceTracker:
 
     def analysed_at(self, name: str) -> int:
         """Step of the last analysis; -1 before the first."""
-        self.settle()
+        self._adopt_analysis()
         return self._store.rows[name].analysed_at
 
     def request_exact(self, names: Iterable[str]) -> None:
@@ -263,9 +271,10 @@ class SubspaceTracker:
 
     def set_cuts(self, cuts: Mapping[str, int]) -> None:
         """Set k of some matrices. A basis with fewer columns than the new k gets the rest at the next analysis."""
-        if any(self._store.rows[name].cut != k for name, k in cuts.items()):
+        self._store.check_cuts(cuts)
+        self._new_cuts |= cuts
+        if self._looking is None:  # what is looked at now is looked at with the old ones
             self.settle()
-            self._store.set_cuts(cuts)
 
     def install(self, decompositions: Mapping[str, Decomposition], weights: Mapping[str, Tensor], step: int) -> None:
         """Adopt exact full decompositions made elsewhere (at a switch) as these matrices' bases and references."""

@@ -3,6 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from svdtrain.spectral.metrics import directions_for_energy
 from svdtrain.spectral.rank import choose_rank, determine_next_r, initial_rank, numerical_rank
 from tests.spectral.reference import gaussian
 
@@ -72,3 +73,11 @@ def test_bad_input() -> None:
         determine_next_r(FLAT, FLAT[:5], 50, 8)
     with pytest.raises(ValueError, match="r_min"):
         determine_next_r(FLAT, None, 50, -1)
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1.0, 1e200])
+def test_energy_is_counted_as_by_the_metric(scale: float) -> None:
+    for seed in range(20):
+        S = torch.rand(64, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).sort(descending=True)[0]
+        choice = choose_rank(scale * S, None, 64, 0)
+        assert 64 - choice.r_energy == int(directions_for_energy(S, 0.999))
