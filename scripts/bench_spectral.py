@@ -32,8 +32,9 @@ from spectral_table import OVERSAMPLE, Bench, Result, format_row, random_matrix,
 from svdtrain.spectral import lanes, metrics, null, subspace
 from svdtrain.spectral.analysis import RowResult, run_job
 from svdtrain.spectral.decompose import Decomposition, decompose_batch, decompose_many
+from svdtrain.spectral.settings import TrackerSettings
 from svdtrain.spectral.subspace import RITZ_WAYS, RitzWay, ritz_rotation, warm_steps
-from svdtrain.spectral.tracking import SubspaceTracker, TrackerSettings
+from svdtrain.spectral.tracking import SubspaceTracker
 
 STEP_MS = 3240.0  # a depth-20 step of 524,288 tokens on one H200
 GAP = 1e-3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from svdtrain.spectral.tracking import TrackerSettings
+from svdtrain.spectral.settings import TrackerSettings
 
 STEP_MS = 3240.0  # a depth-20 step of 524,288 tokens on one H200
 SHOWN_COSTS = ("exact", "full analysis", "fast lane / step", "engine / step, attention", "engine / step, MLP",

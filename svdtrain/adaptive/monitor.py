@@ -19,7 +19,8 @@ from svdtrain.adaptive.policy import Measurement
 from svdtrain.adaptive.target import Target
 from svdtrain.config import SVDConfig
 from svdtrain.spectral.decompose import Decomposition
-from svdtrain.spectral.tracking import SubspaceTracker, TrackerSettings
+from svdtrain.spectral.settings import TrackerSettings
+from svdtrain.spectral.tracking import SubspaceTracker
 from svdtrain.spectral.transfer import Report
 
 _SLOW_EXTRAS = (

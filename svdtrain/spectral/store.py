@@ -136,19 +136,21 @@ class BasisStore:
         """Whether the basis is so wide that iterating saves nothing over the exact decomposition."""
         return self.where[name][0].width > self._widest_share * min(self.shapes[name])
 
-    def write(self, name: str, basis: Basis, weight: Tensor) -> bool:
-        """Store one row (tensors without a batch dimension; wider bases are cut) and its reference weight. True: more
-        or fewer of its columns are filled than before, and `refresh_masks` must follow."""
-        bucket, i = self.where[name]
-        width = bucket.width
-        bucket.U[i].copy_(basis.U[:, :width])
-        bucket.S[i].copy_(basis.S[:width])
-        bucket.V[i].copy_(basis.V[:, :width])
-        bucket.spectrum[i].copy_(basis.spectrum)
-        bucket.reference[i].copy_(weight)
-        bucket.changed()
-        row = self.rows[name]
-        row.valid, differs, row.filled = True, row.filled != width, width
+    def write(self, found: Mapping[str, tuple[Basis, Tensor]]) -> bool:
+        """Store bases (without a batch dimension; wider ones are cut) and the weights they belong to, as references.
+        True: more or fewer columns are filled than before, and `refresh_masks` must follow."""
+        into, values, differs = [], [], False
+        for name, (basis, weight) in found.items():
+            bucket, i = self.where[name]
+            width = bucket.width
+            into += [getattr(bucket, field)[i] for field in _STACKED]
+            values += [basis.U[:, :width], basis.S[:width], basis.V[:, :width], basis.spectrum, weight]
+            bucket.changed()
+            row = self.rows[name]
+            differs |= row.filled != width
+            row.valid, row.filled = True, width
+        if into:
+            torch._foreach_copy_(into, values)
         return differs
 
     def nbytes(self) -> dict[str, int]:

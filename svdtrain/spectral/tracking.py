@@ -23,8 +23,8 @@ import logging
 import math
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,9 +33,9 @@ from svdtrain.spectral.analysis import Job, Part, RowResult, run_job
 from svdtrain.spectral.decompose import Decomposition, load_library
 from svdtrain.spectral.fast_lane import FastLane
 from svdtrain.spectral.lanes import FAST_COLUMNS, SLOW_COLUMNS, Basis, fast_values, slow_values
+from svdtrain.spectral.settings import TrackerSettings
 from svdtrain.spectral.sharding import own_part, share_rows
 from svdtrain.spectral.store import BasisStore, Bucket
-from svdtrain.spectral.subspace import RitzWay
 from svdtrain.spectral.transfer import Report, Reports, to_host
 from svdtrain.spectral.worker import Worker
 
@@ -45,56 +45,6 @@ _STAGGER, _STAGGER_ON_CPU = 4, 2
 _ITERATIONS, _ITERATIONS_ON_CPU = 8, 4
 _UPDATE, _GRADIENT = "update/", "gradient/"
 _RESIDUAL = SLOW_COLUMNS.index("residual")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrackerSettings:
-    """How often, how wide, how exact."""
-
-    interval: int = 20
-    """Steps between two analyses of one matrix."""
-    exact_every: int = 20
-    """Every so many analyses the exact decomposition; 1: always. Warm errors do not add up, so age is the least of the
-    three reasons for one; every tenth time it was two fifths of what tracking costs."""
-    exact_together: bool | None = None
-    """Matrices that are analysed together are also exact together; None: on a GPU, where one takes half as long as ten,
-    and the step beside it is slower all that while."""
-    exact_interval_factor: int = 4
-    """Matrices too wide to track (see widest_share) are analysed this many times less often, exactly."""
-    oversample: int = 32
-    """Directions carried beside the k principal ones."""
-    widest_share: float = 0.5
-    """Bases wider than this share of g are not worth iterating: exact."""
-    residual_tolerance: float = 1e-3
-    """||W V - U S||_F / ||S||_2 of the principal columns that warm iterations must reach; about a tenth of the error
-    of the largest angle, radians. Where they do not, the next analysis is exact."""
-    max_iterations: int | None = None
-    """Warm iterations of one analysis at most, filtered ones from the second on; None: 8 on a GPU, where an exact
-    decomposition costs as much as many, 4 on the CPU. With 1 nothing looks at the residual before the analysis ends."""
-    skip_tolerance: float = 0.0
-    """The same of the *old* basis, below which an analysis is skipped; 0: never."""
-    ritz: RitzWay | Literal["auto"] = "auto"
-    """The small eigenvalue problem; auto: eigh on the CPU; on a GPU refine, and hybrid above 192 columns."""
-    chunk: int = 80
-    """Matrices stacked at once: bounds temporary memory."""
-    participation_every: int | None = None
-    """The participation ratio of a matrix is renewed every so many steps; None: every step on a GPU, 32 on the CPU."""
-    gradient_right_side: bool | None = None
-    """Also the gradient's share on the right (input) side; None: on a GPU. The update's is always there."""
-    stagger: int | None = None
-    """Groups of matrices that are analysed at different steps; None: 4 on a GPU, 2 on the CPU. An analysis is hundreds
-    of small kernels whatever its number of matrices, so few groups cost less than an even load."""
-    offset: int = 0
-    """Analyses fall on the steps with (step + offset) % interval = 0, and evenly between them for the other groups."""
-    fast_dtype: torch.dtype | None = None
-    """Arithmetic of the fast lane's products; None: bfloat16 with float32 accumulation on a GPU, float32 on the CPU."""
-
-    def __post_init__(self) -> None:
-        counts = ("interval", "exact_every", "exact_interval_factor", "oversample", "chunk", "max_iterations")
-        for name in counts:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 class SubspaceTracker:
@@ -280,14 +230,21 @@ class SubspaceTracker:
         """Adopt exact full decompositions made elsewhere (at a switch) as these matrices' bases and references."""
         self.settle()
         spectra = to_host({name: found.S.float() for name, found in decompositions.items()})
-        differs = False
-        for name, found in decompositions.items():
-            differs |= self._store.write(name, Basis(found.U, found.S, found.V, found.S), weights[name].detach())
+        for name in decompositions:
             row = self._store.rows[name]
             row.age, row.analysed_at, row.exact_next = 0, step, False
             row.host_spectrum = spectra[name]
-        if differs:
-            self._store.refresh_masks()
+        self._write(
+            {
+                name: (Basis(found.U, found.S, found.V, found.S), weights[name].detach())
+                for name, found in decompositions.items()
+            }
+        )
+
+    def _write(self, found: dict[str, tuple[Basis, Tensor]]) -> None:
+        with torch.no_grad():
+            if self._store.write(found):
+                self._store.refresh_masks()
 
     def memory_bytes(self) -> dict[str, int]:
         """Bytes held per kind: bases, their principal part as the fast lane wants it, spectra, references, scratch."""
@@ -354,27 +311,31 @@ class SubspaceTracker:
             indices = {name: row.index for name, row in self._store.rows.items()}
             with torch.no_grad():
                 results = share_rows(job, results, indices, self._group)
+        self._write(
+            {
+                name: (result.basis, result.weight)
+                for name, result in results.items()
+                if self._note(job.step, name, result)
+            }
+        )
         values = {}
         for name, result in results.items():
-            self._adopt_row(job.step, name, result)
             bucket, _ = self._store.where[name]
             values[name] = slow_values(result.table, result.first, bucket.m, self._store.rows[name].cut_now)
         self._reports.put(Report("slow", job.step, values))
 
-    def _adopt_row(self, step: int, name: str, result: RowResult) -> None:
+    def _note(self, step: int, name: str, result: RowResult) -> bool:
+        """What the host keeps of a result; whether its basis is a new one."""
         row = self._store.rows[name]
         row.analysed_at = step
         if not result.ok:
             row.exact_next = True  # the old basis stays, and so does the reference that belongs to it
             log.warning("%s: analysis at step %d failed; the old basis is kept, the next one is exact", name, step)
-            return
+            return False
         if result.skipped:
             row.age += 1
-            return
+            return False
         row.host_spectrum = result.host_spectrum
-        with torch.no_grad():
-            if self._store.write(name, result.basis, result.weight):
-                self._store.refresh_masks()
         if result.exact:
             # Where each costs its own time ages start staggered, so that not all fall on the same round.
             row.age = row.index % self.settings.exact_every if result.first and not self._together else 0
@@ -382,6 +343,7 @@ class SubspaceTracker:
         else:
             row.age += 1
             row.exact_next = result.table[_RESIDUAL] > self.settings.residual_tolerance
+        return True
 
 
 def _name_fast(numbers: list[list[float]], named: list[tuple[str, bool, int, int, int]]) -> dict[str, dict[str, float]]:

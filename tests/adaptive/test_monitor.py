@@ -73,7 +73,7 @@ def metric(run: Run, name: str, key: str) -> float:
 def _all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """One stagger group, so that both engines look at the same intervals."""
     from svdtrain.adaptive import monitor
-    from svdtrain.spectral.tracking import TrackerSettings
+    from svdtrain.spectral.settings import TrackerSettings
 
     monkeypatch.setattr(monitor, "TrackerSettings", lambda **k: TrackerSettings(stagger=1, oversample=20, **k))
 

@@ -9,7 +9,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from svdtrain.spectral.activations import collect_input_covariances
-from svdtrain.spectral.tracking import SubspaceTracker, TrackerSettings
+from svdtrain.spectral.settings import TrackerSettings
+from svdtrain.spectral.tracking import SubspaceTracker
 from tests.spectral.reference import gaussian
 
 NAMES = ("a", "b", "c")

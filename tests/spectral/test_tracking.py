@@ -11,7 +11,8 @@ import torch
 from svdtrain.spectral import metrics as M
 from svdtrain.spectral import null as N
 from svdtrain.spectral.decompose import decompose
-from svdtrain.spectral.tracking import SubspaceTracker, TrackerSettings
+from svdtrain.spectral.settings import TrackerSettings
+from svdtrain.spectral.tracking import SubspaceTracker
 from svdtrain.spectral.worker import Worker
 from tests.spectral.reference import gaussian
 from tests.spectral.test_subspace import trained
