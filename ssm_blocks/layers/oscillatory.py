@@ -21,6 +21,8 @@ from ssm_blocks.ops.lti import lti_states
 from ssm_blocks.ops.orthogonal import skew
 from ssm_blocks.ops.reference import scan_reference
 
+LARGEST_COUPLING = 1000.0
+
 
 @register("oscillatory_dplr")
 class OscillatoryDPLR(LinearStateMixer):
@@ -90,7 +92,7 @@ class OscillatoryDPLR(LinearStateMixer):
             none = torch.zeros(self.num_heads, self.state_size, 0, dtype=complex_of(dtype), device=self.C.device)
             return none, none
         P, X, K = (as_complex(parameter, dtype) for parameter in (self.P, self.X, self.K))
-        return P, P @ (X @ X.mH + skew(K)).mH
+        return P, P @ _bounded(X @ X.mH + skew(K), P).mH
 
     def input_map(self, dtype: torch.dtype) -> Tensor:
         """B [H, n, p], rows scaled by sqrt(2 |Re lambda|), which gives every mode the same energy."""
@@ -137,6 +139,21 @@ class OscillatoryDPLR(LinearStateMixer):
         """Ad h + Bd u in O(n r), without a matrix [n, n]."""
         drive = self.input_map(dtype) @ u.to(h.dtype).unsqueeze(-1)
         return self._resolve(2 * h.unsqueeze(-1) + drive, dtype).squeeze(-1) - h
+
+
+def _bounded(M: Tensor, P: Tensor) -> Tensor:
+    """M [H, r, r], shortened where ||P M P^*||_F exceeds 1,000, for P [H, n, r].
+
+    A first coupling has about 10, and at 1,000 the bilinear map has long turned what is coupled to -1. Far beyond it
+    float32 cannot: norms reached 1.002, and the r x r system became singular.
+    """
+    tiny = torch.finfo(torch.float32).tiny
+    p, m = (torch.linalg.matrix_norm(matrix, keepdim=True).clamp(min=tiny) for matrix in (P, M))
+    P, unit = P / p, M / m  # products of the matrices themselves may overflow
+    gram = P.mH @ P
+    squared = (unit @ gram @ unit.mH @ gram).diagonal(dim1=-2, dim2=-1).sum(-1).real
+    size = p.square() * m * squared.clamp(min=tiny).sqrt()[..., None, None]
+    return M * (LARGEST_COUPLING / size.clamp(min=LARGEST_COUPLING))
 
 
 @register("oscillatory_diagonal")

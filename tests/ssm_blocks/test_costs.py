@@ -13,20 +13,21 @@ from svdtrain.model.attention import CausalSelfAttention
 from svdtrain.model.gpt import GPT, GPTConfig
 from tests.ssm_blocks.mixer_checks import rand
 
-DIM = 128
+DIM, SEQUENCES = 128, 16
 
 
 def counted(mixer: nn.Module) -> tuple[int, int]:
-    """FLOPs of matrix products and convolutions: of linear maps, gates and taps; of everything in one step."""
-    x, state = torch.randn(1, DIM), mixer.init_state(1)  # type: ignore[operator]
+    """FLOPs of matrix products and convolutions a token: of linear maps, gates and taps; of everything in a step. Of
+    several sequences at once, among which what concerns the parameters alone is shared."""
+    x, state = torch.randn(SEQUENCES, DIM), mixer.init_state(SEQUENCES)  # type: ignore[operator]
     with torch.no_grad(), FlopCounterMode(display=False) as in_step:
         mixer.step(x, state)  # type: ignore[operator]
     with torch.no_grad(), FlopCounterMode(display=False) as by_module:
-        mixer(x.unsqueeze(1))
+        mixer(x[:1].unsqueeze(1))
     maps = {name for name, child in mixer.named_modules() if isinstance(child, (nn.Linear, Gate, ShortConvolution))}
     found = by_module.get_flop_counts()
     own = sum(sum(found.get(f"{type(mixer).__name__}.{name}", {}).values()) for name in maps)
-    return own, in_step.get_total_flops()
+    return own, in_step.get_total_flops() // SEQUENCES
 
 
 @pytest.mark.parametrize("name", available())
