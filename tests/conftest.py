@@ -1,11 +1,16 @@
-"""Shared by all tests: one thread count, no network, a cache of their own."""
+"""Shared by all tests: no network, a cache of their own, the same random examples every time."""
 
 import os
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
+
+# What passed once passes again; HYPOTHESIS_PROFILE=default draws anew at each run, to look for more.
+settings.register_profile("same_draws", derandomize=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same_draws"))
 
 
 @pytest.fixture(autouse=True)
