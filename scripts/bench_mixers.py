@@ -25,9 +25,10 @@ from queue import SimpleQueue
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(parent) for parent in Path(__file__).resolve().parents[:2]]
 
 import torch
+from marked_table import put_between
 
 from ssm_blocks import available
 from svdtrain.build import build_model
@@ -226,9 +227,7 @@ def publish(rows: dict[str, Row]) -> None:
         *([f"Not run yet: {', '.join(missing)}.", ""] if missing else []),
         "`python scripts/bench_mixers.py --data DIR --parallel 8`",
     ]
-    text = PAGE.read_text()
-    before, rest = text.split(MARKS[0])
-    PAGE.write_text("\n".join([before + MARKS[0], *lines, MARKS[1] + rest.split(MARKS[1], 1)[1]]))
+    put_between(PAGE, MARKS, lines)
     print(f"wrote the table of {len(rows)} mixers into {PAGE.relative_to(ROOT)}")
 
 

@@ -17,9 +17,7 @@ import argparse
 import json
 import statistics
 import sys
-import threading
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = [str(parent) for parent in Path(__file__).resolve().parents[:2]]
+
+from host_syncs import counted_syncs
 
 from svdtrain.adaptive import controller
 from svdtrain.adaptive.controller import AdaptiveSVD
@@ -155,19 +155,10 @@ def bench_syncs(bench: Bench) -> None:
     if bench.device.type != "cuda":
         return
     for monitored in (False, True):
-        count, main = [0], threading.get_ident()
-
-        def show(message: Any, *_: Any, count=count, main=main, **__: Any) -> None:
-            count[0] += threading.get_ident() == main and "called a synchronizing" in str(message)
-
         bench.synchronize()
-        with warnings.catch_warnings(), decided(lambda step, lowrank, r: (False, r)):
-            warnings.simplefilter("always")
-            warnings.showwarning = show  # type: ignore[assignment]
-            torch.cuda.set_sync_debug_mode("warn")
+        with counted_syncs() as count, decided(lambda step, lowrank, r: (False, r)):
             for _ in range(bench.arguments.interval):
                 bench.train_step(monitored)
-            torch.cuda.set_sync_debug_mode("default")
         label = "with" if monitored else "without"
         bench.row(
             f"host syncs in one interval {label} monitoring", count[0], "", "training thread; see spectral/worker"

@@ -14,9 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import threading
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +25,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from host_syncs import counted_syncs
 from spectral_table import OVERSAMPLE, Bench, Result, format_row, random_matrix, trained_matrix
 
 from svdtrain.spectral import lanes, metrics, null, subspace
@@ -268,22 +267,10 @@ def sync_note(bench: Bench, work: Callable[[], object]) -> str:
     """Host synchronisations in this thread during one run, as torch's debug mode counts them."""
     if bench.device.type != "cuda":
         return ""
-    count, here = 0, threading.get_ident()
-
-    def note(message: Warning | str, *_: object, **__: object) -> None:
-        nonlocal count
-        count += threading.get_ident() == here and "called a synchronizing" in str(message)
-
     bench.synchronize()
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("always")
-            warnings.showwarning = note
-            work()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return f"host syncs {count}"
+    with counted_syncs() as count:
+        work()
+    return f"host syncs {count[0]}"
 
 
 def bench_fast(bench: Bench) -> None:

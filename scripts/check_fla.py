@@ -27,10 +27,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = [str(parent) for parent in Path(__file__).resolve().parents[:2]]
 
 import torch
 import torch.nn.functional as F
+from marked_table import put_between
 from torch import Tensor
 
 from ssm_blocks import Mixer, build
@@ -341,10 +342,7 @@ def line(row: Row) -> str:
 
 def publish() -> None:
     """Write the table into docs/SSM.md."""
-    text = PAGE.read_text()
-    before, rest = text.split(MARKS[0])
-    after = rest.split(MARKS[1], 1)[1]
-    PAGE.write_text("\n".join([before + MARKS[0], *table(json.loads(RESULTS.read_text())), MARKS[1] + after]))
+    put_between(PAGE, MARKS, table(json.loads(RESULTS.read_text())))
     print(f"wrote the table of {RESULTS.relative_to(ROOT)} into {PAGE.relative_to(ROOT)}")
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import json
 import math
 import os
@@ -35,7 +34,17 @@ from ssm_blocks.layers.adaptive_rank import (
 )
 from ssm_blocks.layers.oscillatory import OscillatoryDPLR
 from ssm_blocks.mixer import build
-from ssm_blocks.tasks.cifar import CHANNELS, CLASSES, SOURCE, Images, cache_directory, cifar10, made_up, save_atomically
+from ssm_blocks.tasks.cifar import (
+    CHANNELS,
+    CLASSES,
+    SOURCE,
+    Images,
+    cache_directory,
+    check_source,
+    cifar10,
+    made_up,
+    save_atomically,
+)
 
 LAYERS, STATE, WIDTH, LARGEST_RANK, BUDGET = 4, 32, 64, 8, 16
 FULL = {
@@ -264,20 +273,6 @@ def accuracy(model: PixelModel, images: Images, batch: int = 250) -> float:
     parts = zip(images.pixels.split(batch), images.labels.split(batch), strict=True)
     right = sum((model(pixels).argmax(-1) == labels).sum() for pixels, labels in parts)
     return float(right) / len(images.labels)
-
-
-def check_source(source: str) -> None:
-    """Whether there are images where `tasks.cifar.cifar10` will look. Raises ValueError if not."""
-    package = source.partition(":")[0]
-    if package in ("datasets", "torchvision"):
-        if importlib.util.find_spec(package) is None:
-            raise ValueError(f"--data {source}: the package {package} is not installed")
-        return
-    if not source:
-        raise ValueError("scifar needs its images: --data DIR (parquet), --data datasets or --data torchvision:DIR")
-    for split in ("train", "test"):
-        if not any(Path(source).glob(f"{split}*.parquet")):
-            raise ValueError(f"--data {source}: no {split}*.parquet there; expected columns img and label")
 
 
 def load(split: str, settings: dict[str, Any], device: torch.device) -> Images:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import io
 import os
 import tempfile
@@ -32,8 +33,7 @@ def cifar10(split: str, source: str | None = None) -> Images:
     ($SVDTRAIN_CACHE or ~/.cache/svdtrain). Raises ValueError where there are none.
     """
     source = os.environ.get(SOURCE, "") if source is None else source
-    if not source:
-        raise ValueError("sCIFAR needs its images: --data DIR (parquet), --data datasets or --data torchvision:DIR")
+    _check_given(source)
     if source == "datasets":
         from datasets import load_dataset
 
@@ -43,7 +43,31 @@ def cifar10(split: str, source: str | None = None) -> Images:
 
         found = CIFAR10(source.partition(":")[2] or "data", train=split == "train", download=True)
         return Images(torch.from_numpy(found.data).view(-1, PIXELS, CHANNELS), torch.tensor(found.targets))
-    return _from_parquet(sorted(Path(source).glob(f"{split}*.parquet")), Path(source), split)
+    return _from_parquet(_files(source, split))
+
+
+def check_source(source: str) -> None:
+    """Whether there are images where `cifar10` will look, before anything slow. Raises ValueError if not."""
+    _check_given(source)
+    package = source.partition(":")[0]
+    if package in ("datasets", "torchvision"):
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"--data {source}: the package {package} is not installed")
+        return
+    for split in ("train", "test"):
+        _files(source, split)
+
+
+def _check_given(source: str) -> None:
+    if not source:
+        raise ValueError("sCIFAR needs its images: --data DIR (parquet), --data datasets or --data torchvision:DIR")
+
+
+def _files(source: str, split: str) -> list[Path]:
+    found = sorted(Path(source).glob(f"{split}*.parquet"))
+    if not found:
+        raise ValueError(f"--data {source}: no {split}*.parquet there; expected columns img and label")
+    return found
 
 
 def made_up(split: str, count: int) -> Images:
@@ -55,9 +79,7 @@ def made_up(split: str, count: int) -> Images:
     return Images((colours[labels] + noise).to(torch.uint8), labels)
 
 
-def _from_parquet(files: list[Path], folder: Path, split: str) -> Images:
-    if not files:
-        raise ValueError(f"no {split}*.parquet in {folder}; expected columns img and label")
+def _from_parquet(files: list[Path]) -> Images:
     state = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     cached = cache_directory() / f"cifar10-{hashlib.sha256(repr(state).encode()).hexdigest()[:12]}.pt"
     if cached.exists():

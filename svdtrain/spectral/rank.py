@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from svdtrain.spectral.metrics import directions_for_energy
+
 _START_BELOW_RANK = 10
 _ENERGY = 0.999  # protecting more than this share of the energy protects noise
 _GAP_RATIO = 1.2  # s_k / s_{k+1} from which the spectrum counts as having a gap there
@@ -61,7 +63,10 @@ def choose_rank(S: Tensor, S_prev: Tensor | None, r_current: int, r_min: int) ->
     spectrum = spectrum_on_host(S)
     _check(spectrum, r_current, r_min)
     g = spectrum.shape[0]
-    r_energy = g - _directions_for_energy(spectrum, _ENERGY)
+    relative = spectrum / max(
+        float(spectrum[0]), float(np.finfo(np.float64).tiny)
+    )  # the square of a large one overflows
+    r_energy = g - int(directions_for_energy(torch.from_numpy(relative), _ENERGY))
     floor = max(r_min, r_energy)
     lowest = max(floor, math.ceil(r_current * _LARGEST_DROP))
     r_gap, gap_ratio = _gap(spectrum, r_current, lowest)
@@ -85,14 +90,6 @@ def spectrum_on_host(S: Tensor) -> NDArray[np.float64]:
     """Singular values [g] in numpy: a decision asks a dozen questions of each of a hundred short vectors, and a call of
     torch takes several times as long as one of numpy."""
     return S.detach().cpu().double().numpy()
-
-
-def _directions_for_energy(S: NDArray[np.float64], share: float) -> int:
-    """`metrics.directions_for_energy` of one spectrum, of any size."""
-    if not S[0] > 0:
-        return 0
-    cumulative = np.square(S / S[0]).cumsum()
-    return int((cumulative < share * cumulative[-1] * (1 - 1e-12)).sum()) + 1
 
 
 def _check(S: NDArray[np.float64], r_current: int, r_min: int) -> None:
