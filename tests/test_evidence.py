@@ -28,8 +28,8 @@ def row(arm: str, loss_b: float, forgetting: float, **more: Any) -> dict[str, An
 
 @pytest.fixture
 def rows() -> list[dict[str, Any]]:
-    found = {"auroc": 0.9, "first": 12, "lead": 5}
-    alarm = {"first": 14, "lead": 3, "false_per_1000": 0.0}
+    found = {"auroc": 0.9, "auroc_first_steps": 0.8, "first": 12, "lead": 5}
+    alarm = {"first": 14, "lead": 3, "false_per_1000": 0.0, "asked_per_1000": 20.0}
     watched = {"quiet_steps": 40, "harmful_steps": 7, "late_step": 17, "alarm": alarm, "statistics": {"turn": found}}
     made = [
         row("plain lr x0.5", 4.0, 0.1),
@@ -52,7 +52,7 @@ def test_the_page_says_how_many_pairs_could_be_compared(rows: list[dict[str, Any
     page = shift_page.shift(rows, "the command")
     assert "| alarm replay | 3.500 | 0.100 | -50.0 % | 1 of 1 | 3 |" in page
     assert "| alarm lr | 4.500 | 0.050 | outside of it | 0 of 1 | 3 |" in page
-    assert "| turn | 0.90 | 5 | 1 of 1 |" in page
+    assert "| turn | 0.80 | 0.90 | 5 | 1 of 1 |" in page
 
 
 def test_auroc_counts_pairs() -> None:

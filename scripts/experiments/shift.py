@@ -90,7 +90,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--after", type=int, default=120, help="steps on B")
     parser.add_argument("--ramp", type=int, default=20, help="steps over which B replaces A")
     parser.add_argument("--seed", type=int, default=1337)
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--orders", type=int, default=2, choices=(1, 2))
     parser.add_argument("--arms", default="", help="parts of arm names, separated by ';'; default: all arms")
     parser.add_argument("--compile", default="off", help="pays only for long runs")

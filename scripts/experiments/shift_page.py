@@ -62,21 +62,32 @@ def _detection(found: list[Detection]) -> list[str]:
         f"rises by more than {HARM_NATS} nats within {HARM_WINDOW} steps ({harmful} steps), quiet before the onset",
         f"({quiet} steps). Lead: steps between the first word after the onset and the step at which {LATE_NATS} nats",
         "are lost, at the threshold that no quiet step of the same run passes; the alarm has its own threshold.",
+        f"AUROC: of the first {HARM_WINDOW} steps of the shift, and of all harmful steps, each against the quiet ones.",
+        "Below .5 a statistic falls; what falls or rises all through training, as update_size does, tells nothing by",
+        "that.",
         "",
-        "| statistic | AUROC | lead in steps | spoke in |",
-        "|---|---|---|---|",
-        f"| **the alarm** | | {_spread(leads, '.0f')} | {len(leads)} of {len(found)} |",
+        "| statistic | AUROC, first steps | AUROC, harmful steps | lead in steps | spoke in |",
+        "|---|---|---|---|---|",
+        f"| **the alarm** | | | {_spread(leads, '.0f')} | {len(leads)} of {len(found)} |",
     ]
     names = {name for d in found for name in d["statistics"]}
     judged = {name: [d["statistics"][name] for d in found if name in d["statistics"]] for name in names}
-    aurocs = {name: [s["auroc"] for s in group if s["auroc"] is not None] for name, group in judged.items()}
-    for name in sorted((n for n in names if aurocs[n]), key=lambda n: -statistics.mean(aurocs[n])):
-        said = [s["lead"] for s in judged[name] if s["lead"] is not None]
-        lines.append(
-            f"| {name} | {_spread(aurocs[name], '.2f')} | {_spread(said, '.0f')} | {len(said)} of {len(found)} |"
-        )
-    false = statistics.mean(alarm["false_per_1000"] for alarm in alarms)
-    return [*lines, "", f"The alarm was raised {false:.1f} times in 1,000 quiet steps."]
+    lines += [
+        f"| {name} | {_spread(_known(judged[name], 'auroc_first_steps'), '.2f')} | "
+        f"{_spread(_known(judged[name], 'auroc'), '.2f')} | {_spread(_known(judged[name], 'lead'), '.0f')} | "
+        f"{len(_known(judged[name], 'lead'))} of {len(found)} |"
+        for name in sorted(names, key=lambda n: -statistics.mean(_known(judged[n], "auroc_first_steps") or [-1]))
+    ]
+    false, asked = (statistics.mean(alarm[key] for alarm in alarms) for key in ("false_per_1000", "asked_per_1000"))
+    return [
+        *lines,
+        "",
+        f"In 1,000 quiet steps the alarm was raised {false:.1f} times; triggers asked for {asked:.0f} measurements.",
+    ]
+
+
+def _known(judged: list[dict[str, Any]], key: str) -> list[float]:
+    return [one[key] for one in judged if one[key] is not None]
 
 
 def _spread(values: Sequence[float], format: str) -> str:

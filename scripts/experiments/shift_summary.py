@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from svdtrain.runlog import Record, read_records
 
-HARM_WINDOW = 10  # steps over which the truth is judged
+HARM_WINDOW = 10  # steps over which the truth is judged; the first ones of a shift
 HARM_NATS = 0.02  # rise of the first-seen loss within them that counts as harm
 LATE_NATS = 0.1  # rise from which a warning is too late
 QUIET_FROM = 60  # earlier steps are start-up, not quiet training
@@ -69,7 +70,8 @@ def detection(run: Path, onset: int) -> dict[str, Any]:
     """AUROC, lead time and false alarms of every statistic and of the alarm, in a run that only watches.
 
     Truth: a step is harmful when the loss on first-seen text rises by more than HARM_NATS in the HARM_WINDOW steps
-    after it; quiet steps are those before the onset whose window does not reach over it.
+    after it; quiet steps are those before the onset whose window does not reach over it. An AUROC is taken twice:
+    against all harmful steps, and against the first steps of the shift, which is what sees harm coming.
     """
     records = list(read_records(run / "metrics.jsonl"))
     truth = _truth(records)
@@ -80,6 +82,7 @@ def detection(run: Path, onset: int) -> dict[str, Any]:
     late = next((s for s in steps if s > onset and truth.get(s, -math.inf) > lowest + LATE_NATS), None)
     raised = [r["step"] for r in newest(records, "alarm").values() if r["transition"] == "raised"]
     false_alarms = [s for s in raised if s in quiet]
+    asked_for = [s for s in newest(records, "forgetting") if s in quiet and (s + 1) % _interval(run)]
     first = next((s for s in raised if s > onset), None)
     found: dict[str, Any] = {
         "quiet_steps": len(quiet),
@@ -89,6 +92,7 @@ def detection(run: Path, onset: int) -> dict[str, Any]:
             "first": first,
             "lead": None if late is None or first is None else late - first,
             "false_per_1000": 1000 * len(false_alarms) / max(1, len(quiet)),
+            "asked_per_1000": 1000 * len(asked_for) / max(1, len(quiet)),
         },
         "statistics": {},
     }
@@ -102,7 +106,8 @@ def statistics(records: Sequence[Record]) -> dict[str, Series]:
     trigger, shift, train = newest(records, "trigger"), newest(records, "shift"), newest(records, "train")
     forgetting, svd = newest(records, "forgetting"), newest(records, "svd")
     steps = sorted(trigger)
-    found = {f"{n}_z": _take(trigger, f"trigger/{n}_z") for n in ("loss", "grad_norm", "turn")}
+    found = {f"{n}_z": _take(trigger, f"trigger/{n}_z") for n in ("loss", "grad_norm")}
+    found["abs(turn_z)"] = {step: abs(z) for step, z in _take(trigger, "trigger/turn_z").items()}  # as the trigger does
     found["grad_norm"] = _take(train, "train/grad_norm")
     found["update_size"] = _take(shift, "shift/update_size")
     found["turn"] = _take(trigger, "trigger/turn")
@@ -129,8 +134,18 @@ def _judge(series: Series, quiet: list[int], harmful: list[int], onset: int, lat
     calm = [series[s] for s in quiet if s in series]
     threshold = max(calm, default=math.inf)
     first = next((s for s in sorted(series) if s > onset and series[s] > threshold), None)
-    lead = None if late is None or first is None else late - first
-    return {"auroc": auroc([series[s] for s in harmful if s in series], calm), "first": first, "lead": lead}
+    early = range(onset + 1, onset + 1 + HARM_WINDOW)
+    return {
+        "auroc": auroc([series[s] for s in harmful if s in series], calm),
+        "auroc_first_steps": auroc([series[s] for s in early if s in series], calm),
+        "first": first,
+        "lead": None if late is None or first is None else late - first,
+    }
+
+
+def _interval(run: Path) -> int:
+    """Steps between the measurements that no trigger asks for."""
+    return int(json.loads((run / "config.json").read_text())["svd"]["svd_interference_every"])
 
 
 def _truth(records: Sequence[Record]) -> Series:
@@ -189,6 +204,7 @@ def _detection_table(row: dict[str, Any], say: Callable[[str], None]) -> None:
     say(f"\n{row['order']}, seed {row['seed']}: {found['quiet_steps']} quiet steps, {found['harmful_steps']} harmful")
     alarm = found["alarm"]
     say(f"  alarm: lead {alarm['lead']} steps, {alarm['false_per_1000']:.1f} false alarms per 1,000 quiet steps")
-    for name, judged in sorted(found["statistics"].items(), key=lambda item: -(item[1]["auroc"] or 0)):
-        area = "-" if judged["auroc"] is None else f"{judged['auroc']:.2f}"
-        say(f"  {name:<24} AUROC {area:>5}   lead at no false alarm {judged['lead']}")
+    say(f"  {'AUROC':<24} {'first steps':>11} {'harmful':>8}")
+    for name, judged in sorted(found["statistics"].items(), key=lambda item: -(item[1]["auroc_first_steps"] or 0)):
+        areas = ["-" if judged[key] is None else f"{judged[key]:.2f}" for key in ("auroc_first_steps", "auroc")]
+        say(f"  {name:<24} {areas[0]:>11} {areas[1]:>8}   lead at no false alarm {judged['lead']}")

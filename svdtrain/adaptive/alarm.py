@@ -8,9 +8,9 @@ the shares (`lift`) are one trigger among others.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,64 +19,60 @@ BLAMED_SHARE = 0.8  # matrices are named until they hold this share of all harm
 Transition = Literal["raised", "kept", "cleared", "quiet"]
 
 
-@dataclass(kw_only=True)
-class RunningScale:
-    """Exponentially weighted mean and variance of one statistic, and how far a new value lies above them.
+class RecentScale:
+    """Mean and standard deviation of the last values of one statistic, and how far a new value lies from them.
 
-    Values count at most three standard deviations towards the baseline: an outlier cannot hide the next one, and a
-    lasting change becomes the new normal in time.
+    A window, because a running average with forgetting still holds the first steps, when a loss falls by whole nats,
+    hundreds of steps later: its spread then hides a jump of the loss to several times its value. Values count at most
+    three standard deviations away: an outlier cannot hide the next one, and a lasting change becomes the new normal in
+    time.
     """
 
-    decay: float = 0.98
-    warmup: int = 20
-    mean: float = 0.0
-    variance: float = 0.0
-    count: int = 0
+    def __init__(self, values: Iterable[float] = (), *, window: int = 50, warmup: int = 20) -> None:
+        """values: what came before, the oldest first."""
+        self.values = deque(values, maxlen=window)
+        self.warmup = warmup
 
     def update(self, value: float) -> float:
         """z of `value` against what came before, nan while fewer than `warmup` values did; then take it in."""
         if not math.isfinite(value):
             return math.nan
-        z = self._z(value)
-        deviation = math.sqrt(self.variance)
-        ready = self.count >= self.warmup and deviation > 0
-        kept = min(max(value, self.mean - 3 * deviation), self.mean + 3 * deviation) if ready else value
-        self.count += 1
-        weight = max(1 - self.decay, 1 / self.count)  # a plain average first
-        off = kept - self.mean
-        self.mean += weight * off
-        self.variance = (1 - weight) * (self.variance + weight * off * off)
-        return z
-
-    def _z(self, value: float) -> float:
-        if self.count < self.warmup:
+        if len(self.values) < self.warmup:
+            self.values.append(value)
             return math.nan
-        return (value - self.mean) / max(math.sqrt(self.variance), 1e-6 * abs(self.mean), 1e-12)
+        mean = math.fsum(self.values) / len(self.values)
+        deviation = math.sqrt(math.fsum((kept - mean) ** 2 for kept in self.values) / len(self.values))
+        most = 3 * deviation if deviation > 0 else math.inf
+        self.values.append(min(max(value, mean - most), mean + most))
+        return (value - mean) / max(deviation, 1e-6 * abs(mean), 1e-12)
 
 
 class Triggers:
-    """One RunningScale per statistic; a statistic fires when its z passes the threshold."""
+    """One RecentScale per statistic. A statistic fires when its z passes the threshold; one whose fall says as much as
+    its rise, when the size of z does."""
 
-    def __init__(self, threshold: float) -> None:
+    def __init__(self, threshold: float, two_sided: Collection[str] = ()) -> None:
         self.threshold = threshold
-        self._scales: dict[str, RunningScale] = {}
+        self.two_sided = frozenset(two_sided)
+        self._scales: dict[str, RecentScale] = {}
 
     def update(self, values: Mapping[str, float]) -> dict[str, float]:
         """z of each statistic, nan where it is not known yet. Statistics may come and go."""
-        return {name: self._scales.setdefault(name, RunningScale()).update(value) for name, value in values.items()}
+        return {name: self._scales.setdefault(name, RecentScale()).update(value) for name, value in values.items()}
 
     def fired(self, z: Mapping[str, float]) -> str:
-        """The statistic furthest above the threshold, empty if there is none."""
-        over = {name: value for name, value in z.items() if value > self.threshold}
+        """The statistic furthest beyond the threshold, empty if there is none."""
+        sizes = {name: abs(value) if name in self.two_sided else value for name, value in z.items()}
+        over = {name: size for name, size in sizes.items() if size > self.threshold}
         return max(over, key=lambda name: over[name]) if over else ""
 
     def state_dict(self) -> dict[str, Any]:
         """Primitives."""
-        return {name: dataclasses.asdict(scale) for name, scale in self._scales.items()}
+        return {name: list(scale.values) for name, scale in self._scales.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Inverse of `state_dict`."""
-        self._scales = {name: RunningScale(**values) for name, values in state.items()}
+        self._scales = {name: RecentScale(values) for name, values in state.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

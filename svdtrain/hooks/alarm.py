@@ -37,7 +37,7 @@ class AlarmHook(Hook):
     def __init__(self, config: SVDConfig, forgetting: ForgettingHook, svd: AdaptiveSVDHook) -> None:
         self.config = config
         self.alarm = Alarm(nats=config.svd_alarm_nats, patience=config.svd_alarm_patience)
-        self.triggers = Triggers(config.svd_alarm_z)
+        self.triggers = Triggers(config.svd_alarm_z, two_sided=("turn",))
         self.actions: list[Action] = build_actions(config, svd)
         self.forgetting = forgetting
         self._trigger = ""

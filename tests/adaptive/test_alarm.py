@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from svdtrain.adaptive.alarm import Alarm, Evidence, RunningScale, Triggers, blame
+from svdtrain.adaptive.alarm import Alarm, Evidence, RecentScale, Triggers, blame
 from svdtrain.config import SVDConfig
 
 QUIET = {"a": -0.01, "b": -0.002}
@@ -27,7 +27,7 @@ def calm(step: int) -> Evidence:
 
 
 def test_z_is_that_of_a_plain_average_first() -> None:
-    scale = RunningScale(warmup=4)
+    scale = RecentScale(warmup=4)
     values = [1.0, 3.0, 2.0, 4.0]
     assert all(math.isnan(scale.update(value)) for value in values)
     mean = sum(values) / 4
@@ -55,6 +55,25 @@ def test_one_outlier_does_not_hide_the_next() -> None:
     assert triggers.fired(triggers.update({"loss": 12.0})) == "loss"
     assert not triggers.fired(triggers.update({"loss": math.nan}))
     assert not triggers.fired(triggers.update({"loss": -1e6}))  # better is no reason
+
+
+def test_a_jump_fires_at_once_in_a_loss_that_has_long_fallen() -> None:
+    """A running average with forgetting still holds the first steps: this jump was half a deviation to it."""
+    generator = random.Random(2)
+    triggers = Triggers(threshold=4.0)
+    falling = [0.5 + 8.5 * math.exp(-step / 60) + generator.gauss(0, 0.03) for step in range(350)]
+    assert not any(triggers.fired(triggers.update({"loss": loss})) for loss in falling)
+    assert triggers.fired(triggers.update({"loss": 0.9})) == "loss"
+
+
+def test_what_is_two_sided_fires_when_it_falls() -> None:
+    generator = random.Random(3)
+    triggers = Triggers(threshold=4.0, two_sided=("turn",))
+    for _ in range(100):
+        triggers.update({"loss": generator.gauss(3, 0.1), "turn": generator.gauss(1.1, 0.02)})
+    z = triggers.update({"loss": 1.0, "turn": 0.9})
+    assert z["turn"] < -4
+    assert triggers.fired(z) == "turn"
 
 
 def test_triggers_survive_a_save() -> None:
