@@ -12,9 +12,9 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from multiprocessing.pool import ThreadPool  # unlike an executor it works when the program has ended
 
 import torch
 from torch import Tensor
@@ -167,8 +167,8 @@ def _eigenvectors(H: Tensor) -> Tensor:
         here.wait_stream(stream)
         return vectors
 
-    with ThreadPoolExecutor(_STREAMS) as pool:
-        parts = list(pool.map(solve, H.flatten(0, -3).chunk(_STREAMS)))
+    with ThreadPool(_STREAMS) as pool:
+        parts = pool.map(solve, H.flatten(0, -3).chunk(_STREAMS))
     return torch.cat(parts).view_as(H)
 
 

@@ -17,9 +17,9 @@ ways round it exploit that:
 from __future__ import annotations
 
 import math
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
+from multiprocessing.pool import ThreadPool
 from typing import Literal
 
 import torch
@@ -120,8 +120,8 @@ def ritz_rotation(H: Tensor, way: RitzWay) -> Tensor:
 
 def _eigh_on_cpu(H: Tensor) -> Tensor:
     on_host = H.cpu()
-    with ThreadPoolExecutor(_CPU_THREADS) as pool:
-        vectors = list(pool.map(lambda h: torch.linalg.eigh(h).eigenvectors.flip(-1), on_host))
+    with ThreadPool(_CPU_THREADS) as pool:
+        vectors = pool.map(lambda h: torch.linalg.eigh(h).eigenvectors.flip(-1), on_host)
     return torch.stack(vectors).to(H.device)
 
 

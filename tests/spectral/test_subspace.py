@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -57,6 +60,23 @@ def test_ways_round_eigh_agree_with_it_in_the_bulk(way: Q.RitzWay) -> None:
     tolerance = {"refine": 2e-2, "hybrid": 1e-3}[way]
     assert float(M.sin_theta_squared(reference.U[..., :40], got.U[..., :40]).max()) < tolerance
     torch.testing.assert_close(got.S, reference.S, rtol=1e-3, atol=0)
+
+
+def test_threads_work_after_the_main_one_has_ended() -> None:
+    """As an analysis does that a short script leaves behind; an executor refuses new work then."""
+    program = """
+import time, torch
+from svdtrain.spectral.subspace import ritz_rotation
+from svdtrain.spectral.worker import Worker
+
+def late():
+    time.sleep(0.3)
+    print(tuple(ritz_rotation(torch.eye(4).expand(3, 4, 4), "cpu").shape))
+
+Worker(torch.device("cpu"), beside=True).submit(late)
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    assert run.stdout.strip() == "(3, 4, 4)"
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 16, 31, 32, 33, 47, 64, 81])
