@@ -117,15 +117,17 @@ def _analyse(part: Part, rows: list[int], skipped: bool, job: Job) -> dict[str, 
         "residual": residual, "staleness": staleness,
     }  # fmt: skip
     table = slow_statistics(work, new, dW, norm, _take(part.cut, rows), part.max_cut, quality).tolist()
-    stored = Basis(*(t.to(old.S.dtype) for t in (new.U, new.S, new.V, new.spectrum)))
-    on_host = stored.spectrum.float().cpu()
+    stored = [t.to(old.S.dtype) for t in (new.U, new.S, new.V, new.spectrum)]
+    on_host = stored[-1].float().cpu()
+    bases = [Basis(*row) for row in zip(*(t.unbind() for t in stored), strict=True)]  # one call, not one a matrix
     return {
         part.names[i]: RowResult(
-            basis=Basis(stored.U[j], stored.S[j], stored.V[j], stored.spectrum[j]), host_spectrum=on_host[j].clone(),
-            weight=part.W[i], table=table[j], exact=bool(exact[j]), ok=table[j][0] > 0,
-            skipped=skipped, first=part.first[i],
+            basis=basis, host_spectrum=spectrum.clone(), weight=W_i, table=numbers, exact=is_exact,
+            ok=numbers[0] > 0, skipped=skipped, first=part.first[i],
         )
-        for j, i in enumerate(rows)
+        for i, basis, spectrum, W_i, numbers, is_exact in zip(
+            rows, bases, on_host.unbind(), _take(part.W, rows).unbind(), table, exact.tolist(), strict=True
+        )
     }  # fmt: skip
 
 

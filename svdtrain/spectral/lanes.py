@@ -1,8 +1,8 @@
 """The numbers of the two lanes, for a batch of equal shapes at once, without waiting for the device.
 
 Fast lane: where the energy of a gradient or an update sits against a known basis. Slow lane: how a new basis differs
-from the last one. Both give one row of numbers a matrix; `fast_values` and `slow_values` turn a row that has reached
-the host into named floats, and add what chance predicts.
+from the last one. Both give one row of numbers a matrix; `fast_values` and `slow_values` turn rows that have
+reached the host into named floats, and add what chance predicts.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from svdtrain.spectral import null
@@ -24,6 +26,9 @@ from svdtrain.spectral.metrics import (
     squared_norm,
     stable_rank,
 )
+
+Numbers = NDArray[np.float64]
+Counts = NDArray[np.int64]
 
 FAST_COLUMNS = ("norm", "pp", "left", "right", "erasure", "participation")
 SLOW_COLUMNS = (
@@ -99,28 +104,42 @@ def participation_of(X: Tensor, total: Tensor) -> Tensor:
     return safe_ratio(total, torch.linalg.vector_norm(gram, dim=(-2, -1), dtype=total.dtype)).square()
 
 
-def fast_values(row: list[float], m: int, n: int, k: int) -> dict[str, float]:
-    """Named floats of one row: energy blocks, shares, lifts and z of both sides, and what the row holds.
+_BOTH_SIDES = ("right_share", "mp", "mm", "right_lift", "right_z")
+_FAST_NAMES = (
+    "finite", "norm", "share", "erasure", "participation", "pp", "pm", "pp_lift", "lift", "z", *_BOTH_SIDES
+)  # fmt: skip
+
+
+def fast_values(table: Numbers, m: Counts, n: Counts, k: Counts, prefix: str = "") -> list[dict[str, float]]:
+    """Named floats of each row of FAST_COLUMNS [b, 6]: energy blocks, shares, lifts and z of both sides, and what the
+    row holds. m, n, k are [b], `prefix` begins every name.
 
     The blocks pp, pm, mp, mm sum to 1; m is everything that is not principal (mp, mm and right_* only where the right
-    side was computed). `finite` is 0 for a broken input, and nothing else is given then.
+    side was computed). `finite` is 0 for a broken input, and nothing else is given then; a zero one has its norm only.
     """
-    values = dict(zip(FAST_COLUMNS, row, strict=True))
-    if not math.isfinite(values["norm"]):
-        return {"finite": 0.0}
-    if values["norm"] == 0:
-        return {"finite": 1.0, "norm": 0.0}
-    pp, left, right, participation = values["pp"], values["left"], values["right"], values["participation"]
-    out = {
-        "finite": 1.0, "norm": values["norm"], "share": left, "erasure": values["erasure"],
-        "participation": participation, "pp": pp, "pm": max(left - pp, 0.0),
-        "pp_lift": pp * m * n / (k * k) if k else 1.0,
-    }  # fmt: skip
-    out["lift"], out["z"] = null.share_lift_and_z(left, k, m, participation)
-    if math.isfinite(right):
-        out |= {"right_share": right, "mp": max(right - pp, 0.0), "mm": max(1 - left - right + pp, 0.0)}
-        out["right_lift"], out["right_z"] = null.share_lift_and_z(right, k, n, participation)
-    return out
+    norm, pp, left, right, erasure, participation = table.T
+    with np.errstate(all="ignore"):  # of broken rows, which give nothing
+        lift, z = null.share_lift_and_z(left, k, m, participation)
+        right_lift, right_z = null.share_lift_and_z(right, k, n, participation)
+        columns = [
+            np.ones_like(norm), norm, left, erasure, participation, pp, np.maximum(left - pp, 0),
+            np.where(k > 0, pp * m * n / np.maximum(k * k, 1), 1.0), lift, z,
+            right, np.maximum(right - pp, 0), np.maximum(1 - left - right + pp, 0), right_lift, right_z,
+        ]  # fmt: skip
+    names = [prefix + name for name in _FAST_NAMES]
+    left_only = names[: -len(_BOTH_SIDES)]
+    found = []
+    for row in np.stack(columns, axis=-1).tolist():
+        size, right_share = row[1], row[-len(_BOTH_SIDES)]
+        if not math.isfinite(size):
+            found.append({names[0]: 0.0})
+        elif size == 0:
+            found.append(dict(zip(names[:2], row[:2], strict=True)))
+        elif math.isfinite(right_share):
+            found.append(dict(zip(names, row, strict=True)))
+        else:
+            found.append(dict(zip(left_only, row[: len(left_only)], strict=True)))
+    return found
 
 
 # --- slow lane --------------------------------------------------------------------------------------------------------
@@ -180,7 +199,7 @@ def slow_statistics(
     R = projection_residual(before, after)
     sin_squared = squared_norm(R)
     angle = largest_eigenvalue_bound(R.mT @ R).clamp(0, 1).sqrt().asin()
-    moved = frobenius_norm(dW)
+    update, moved = _in_range_and_size(dW)
     spectrum = new.spectrum.double()  # once, not in each of its metrics
     strongest = spectrum[:, 0].clamp_min(torch.finfo(dW.dtype).tiny)
     # In units of s_1: the square of a tiny update would vanish in float32.
@@ -191,7 +210,7 @@ def slow_statistics(
     update_ratio = safe_ratio(moved, norm)
     # A matrix that did not move did not rotate: what is left is the last basis converging.
     rho = torch.where(update_ratio > _UNMOVED, null.rotation_ratio(sin_squared, expected), 1.0)
-    update_share, update_participation = _update_evidence(dW, after, moved)
+    update_share, update_participation = _update_evidence(update, after)
     columns = {
         **quality,
         "angle": angle, "sin_squared": sin_squared, "expected": expected,
@@ -220,11 +239,20 @@ def _table(columns: list[Tensor]) -> Tensor:
     return torch.cat([parts[position] for position in range(len(columns))], dim=-1)
 
 
-def _update_evidence(dW: Tensor, U_k: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
-    """Principal share of the update against the new basis, and its participation ratio (tensor cores on a GPU)."""
-    unit = moved.clamp_min(torch.finfo(dW.dtype).tiny).to(dW.dtype)[:, None, None]
+def _in_range_and_size(dW: Tensor) -> tuple[Tensor, Tensor]:
+    """dW [b, m, n] in units of its largest entries, in bfloat16 on a GPU, and ||dW||_F, float64 [b].
+
+    The size is that of the rounded entries: off by 1e-6 of itself, and one pass over all matrices less.
+    """
+    unit = torch.linalg.vector_norm(dW, math.inf, dim=(-2, -1)).clamp_min(torch.finfo(dW.dtype).tiny)
     X = torch.empty_like(dW, dtype=torch.bfloat16 if dW.is_cuda else dW.dtype)
-    torch.div(dW, unit, out=X)  # rounds as it writes: no float32 copy of all matrices in between
+    torch.div(dW, unit[:, None, None], out=X)  # rounds as it writes: no float32 copy of all matrices in between
+    return X, squared_norm(X).double().sqrt() * unit.double()
+
+
+def _update_evidence(X: Tensor, U_k: Tensor) -> tuple[Tensor, Tensor]:
+    """Principal share of an update in range against the new basis, and its participation ratio (tensor cores on a
+    GPU)."""
     total = squared_norm(X)
     return safe_ratio(squared_norm(U_k.to(X.dtype).mT @ X), total), participation_of(X, total)
 
@@ -239,23 +267,31 @@ def _gap_at(spectrum: Tensor, cut: Tensor) -> Tensor:
     return torch.where((cut > 0) & (cut < g), gap, 0.0)
 
 
-def slow_values(row: list[float], first: bool, m: int, k: int) -> dict[str, float]:
-    """Named floats of one row of an m-row matrix with k principal directions; only `ok` = 0 for a failed one.
+def slow_values(table: Numbers, first: list[bool], m: Counts, k: Counts) -> list[dict[str, float]]:
+    """Named floats of each row of SLOW_COLUMNS [b, 20], of an m-row matrix with k principal directions (both [b]); only
+    `ok` = 0 for a failed one.
 
     Without an earlier basis (`first`) there is nothing to compare with; where there is no gap at k the largest angle is
     left out and `no_gap` is 1; where nothing moved, the update's evidence is left out.
     """
-    values: dict[str, float] = dict(zip(SLOW_COLUMNS, row, strict=True))
-    if not values["ok"]:
-        return {"ok": 0.0}
-    if first:
-        values = {key: value for key, value in values.items() if key not in COMPARISONS}
-    elif values["update_ratio"] > 0 and values["update_participation"] > 0:
-        evidence = null.share_lift_and_z(values["update_share"], k, m, values["update_participation"])
-        values["update_lift"], values["update_z"] = evidence
-    else:
-        del values["update_share"], values["update_participation"]
-    values["no_gap"] = float(values["gap"] < NO_GAP)
-    if values["no_gap"]:
-        values.pop("angle", None)
-    return values
+    share, participation = (table[:, SLOW_COLUMNS.index(f"update_{name}")] for name in ("share", "participation"))
+    with np.errstate(all="ignore"):  # of failed rows, which give nothing
+        evidence = null.share_lift_and_z(share, k, m, participation)
+    lifts, zs = (column.tolist() for column in evidence)
+    found = []
+    for row, is_first, lift, z in zip(table.tolist(), first, lifts, zs, strict=True):
+        values: dict[str, float] = dict(zip(SLOW_COLUMNS, row, strict=True))
+        if not values["ok"]:
+            found.append({"ok": 0.0})
+            continue
+        if is_first:
+            values = {key: value for key, value in values.items() if key not in COMPARISONS}
+        elif values["update_ratio"] > 0 and values["update_participation"] > 0:
+            values["update_lift"], values["update_z"] = lift, z
+        else:
+            del values["update_share"], values["update_participation"]
+        values["no_gap"] = float(values["gap"] < NO_GAP)
+        if values["no_gap"]:
+            values.pop("angle", None)
+        found.append(values)
+    return found

@@ -10,7 +10,9 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from svdtrain.spectral.metrics import safe_ratio, squared_norm
@@ -60,14 +62,18 @@ def share_evidence(share: Tensor, k: Tensor | int, m: int, participation: Tensor
     return Evidence(share, chance, lift, z)
 
 
-def share_lift_and_z(share: float, k: int, m: int, participation: float) -> tuple[float, float]:
-    """The lift and z of `share_evidence` for one matrix whose numbers are on the host."""
+def share_lift_and_z(
+    share: NDArray[np.float64], k: NDArray[np.int64], m: NDArray[np.int64], participation: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The lift and z of `share_evidence` for numbers that are on the host, all [b]; each has its own m."""
+    certain = (k <= 0) | (k >= m)
     chance = k / m
-    if not 0 < k < m:
-        return (share / chance if k else 1.0), 0.0
-    single = 2 * chance * (1 - chance) / (m + 2)
-    deviation = math.sqrt(single * max(m / max(participation, 1.0) - 1, 0.0) / (m - 1))
-    return share / chance, (share - chance) / max(deviation, _LEAST_DEVIATION * chance)
+    inside = np.where(certain, 0.5, chance)
+    single = 2 * inside * (1 - inside) / (m + 2)
+    spread = np.maximum(m / np.maximum(participation, 1) - 1, 0) / np.maximum(m - 1, 1)
+    deviation = np.maximum(np.sqrt(single * spread), _LEAST_DEVIATION * inside)
+    z = np.where(certain, 0.0, (share - chance) / deviation)
+    return np.where(k > 0, share / np.where(k > 0, chance, 1.0), 1.0), z
 
 
 # --- rotation ---------------------------------------------------------------------------------------------------------

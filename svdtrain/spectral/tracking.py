@@ -26,6 +26,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -120,9 +121,7 @@ class SubspaceTracker:
         if not parts:
             return
         table = self._fast.look(parts, weights, gradients, updates)
-        self._looking = self._worker.submit(
-            lambda: self._reports.put(Report("fast", step, _name_fast(table().tolist(), named)))
-        )
+        self._looking = self._worker.submit(lambda: self._reports.put(Report("fast", step, _name_fast(table(), named))))
 
     def due(self, step: int) -> list[str]:
         """Matrices whose analysis falls on this step: staggered, and the same on every rank."""
@@ -318,11 +317,10 @@ class SubspaceTracker:
                 if self._note(job.step, name, result)
             }
         )
-        values = {}
-        for name, result in results.items():
-            bucket, _ = self._store.where[name]
-            values[name] = slow_values(result.table, result.first, bucket.m, self._store.rows[name].cut_now)
-        self._reports.put(Report("slow", job.step, values))
+        sizes = [(self._store.where[name][0].m, self._store.rows[name].cut_now) for name in results]
+        table, (m, k) = np.array([result.table for result in results.values()]), np.array(sizes).T
+        values = slow_values(table, [result.first for result in results.values()], m, k)
+        self._reports.put(Report("slow", job.step, dict(zip(results, values, strict=True))))
 
     def _note(self, step: int, name: str, result: RowResult) -> bool:
         """What the host keeps of a result; whether its basis is a new one."""
@@ -346,14 +344,12 @@ class SubspaceTracker:
         return True
 
 
-def _name_fast(numbers: list[list[float]], named: list[tuple[str, bool, int, int, int]]) -> dict[str, dict[str, float]]:
-    values: dict[str, dict[str, float]] = {}
-    for row, (name, known, m, n, k) in zip(numbers, named, strict=True):
-        if not known:
-            continue
-        width = len(FAST_COLUMNS)
-        out = {_UPDATE + key: value for key, value in fast_values(row[:width], m, n, k).items()}
-        if len(row) > width:
-            out |= {_GRADIENT + key: value for key, value in fast_values(row[width:], m, n, k).items()}
-        values[name] = out
-    return values
+def _name_fast(table: Tensor, named: list[tuple[str, bool, int, int, int]]) -> dict[str, dict[str, float]]:
+    """Numbers of the update and, where the table is wide enough, of the gradient; `named`: name, known, m, n, k."""
+    numbers, width = table.cpu().double().numpy(), len(FAST_COLUMNS)
+    names, known, *sizes = zip(*named, strict=True)
+    m, n, k = (np.array(size) for size in sizes)
+    rows = fast_values(numbers[:, :width], m, n, k, _UPDATE)
+    if numbers.shape[-1] > width:
+        rows = [u | g for u, g in zip(rows, fast_values(numbers[:, width:], m, n, k, _GRADIENT), strict=True)]
+    return {name: row for name, is_known, row in zip(names, known, rows, strict=True) if is_known}

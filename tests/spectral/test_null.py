@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -71,7 +72,8 @@ def test_z_sees_a_planted_alignment_and_certain_shares_are_not_evidence() -> Non
 def test_host_form_of_lift_and_z(share: float, k: int, m: int, participation: float) -> None:
     both = N.share_evidence(torch.tensor(share, dtype=torch.float64), k, m, torch.tensor(participation))
     expected = float(both.lift), float(both.z)
-    assert N.share_lift_and_z(share, k, m, participation) == pytest.approx(expected, rel=1e-4, abs=1e-9)
+    found = N.share_lift_and_z(*(np.array([value]) for value in (share, k, m, participation)))
+    assert [float(column[0]) for column in found] == pytest.approx(expected, rel=1e-4, abs=1e-9)
 
 
 SPIKED = torch.cat([torch.linspace(12, 8, 5), torch.linspace(4, 0.5, 19)]).double()
