@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from svdtrain.adaptive.factors import FactoredWeight
@@ -34,13 +35,23 @@ class Transitions:
     """Carries out what was decided. W is never written here."""
 
     def __init__(self, config: SVDConfig, adapter: Adapter) -> None:
-        """`references` holds E[x x^T] by matrix name, for protect=activation."""
+        """`references` holds E[x x^T] by matrix name, for protect=activation. Raises ValueError where updates are to be
+        matched in size and nothing says what the full one would be."""
+        if config.svd_match_rms and config.svd_protect not in GUARDED:
+            adapter.check_full_update_norms()
         self._config = config
         self._adapter = adapter
         self.references: dict[str, Tensor] = {}
 
     def set_references(self, covariances: dict[str, Tensor], targets: dict[str, Target]) -> None:
-        """New covariances; matrices that are guarded by activation now get their new guard at once."""
+        """New covariances; matrices that are guarded by activation now get their new guard at once. Raises ValueError
+        for one that does not fit its matrix or is not finite."""
+        for name, C in covariances.items():
+            n = targets[name].W.shape[1]
+            if C.shape != (n, n) or not bool(torch.isfinite(C).all()):
+                raise ValueError(
+                    f"{name}: the covariance of its inputs must be {n} x {n} and finite, got {tuple(C.shape)}"
+                )
         self.references.update(covariances)
         for name in covariances:
             if targets[name].guard is not None and self._config.svd_protect == "activation":
@@ -65,6 +76,17 @@ class Transitions:
             staying = [move for move in lowrank if move.target.lowrank]
             self._to_lowrank([move for move in lowrank if not move.target.lowrank])
             self._refactor(staying)
+
+    def keep_foreign_writes(self, targets: Iterable[Target]) -> None:
+        """Low-rank matrices that somebody else has written since the last step keep that, and it is said."""
+        for target in targets:
+            change = 0.0 if target.factors is None else target.factors.take_up_foreign_write()
+            if change > 0:
+                logger.warning(
+                    "%s was written between two steps while it is low-rank (%.3g of its size): what was written stays, "
+                    "and B and A train on beside it; with a checkpoint, load the state of the method, too",
+                    target.name, change,
+                )  # fmt: skip
 
     def guard_inputs(self, target: Target) -> None:
         """Any mode -> guarded by the inputs' covariance, whatever `svd_protect` is."""
@@ -97,7 +119,13 @@ class Transitions:
         assert move.r is not None
         if protect == "core":
             return UpdateGuard.core(W, decomposition, move.r)
-        return FactoredWeight.split(W, decomposition, move.r, protect)
+        factors = FactoredWeight.split(W, decomposition, move.r, protect)
+        if not bool(factors.B.detach().any()):
+            logger.warning(
+                "%s: the %d directions to train are exactly zero, and so are B and A and their gradients: it stands "
+                "still until it is switched back", move.target.name, move.r,
+            )  # fmt: skip
+        return factors
 
     def _refactor(self, moves: Sequence[Move]) -> None:
         """Recompute everything from the current W."""
