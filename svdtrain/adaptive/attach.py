@@ -239,10 +239,12 @@ def attach(
     """Watch and adapt the matrices of `model` from now on; nothing else in the loop changes.
 
     Gradients are read when `optimizer.step()` is called, so accumulation, clipping, unscaling and averaging before it
-    are seen. `config.svd_adapter` auto means shadow: the host's groups, state and checkpoints stay as they are. To
-    resume, call `load_state_dict` on the result before training goes on. `average_gradients`: for data-parallel hosts
-    whose optimizer averages gradients inside its own step, so that each rank holds its own before it. Parameters that
-    FSDP2 has sharded (DTensor) work with the shadow adapter; each watched one is then also held whole on every rank.
+    are seen. Pre-step hooks of your own that change gradients belong before this call: hooks run in their order, and
+    what comes later reaches W alone, not B and A. `config.svd_adapter` auto means shadow: the host's groups, state
+    and checkpoints stay as they are. To resume, call `load_state_dict` on the result before training goes on.
+    `average_gradients`: for data-parallel hosts whose optimizer averages gradients inside its own step, so that each
+    rank holds its own before it. Parameters that FSDP2 has sharded (DTensor) work with the shadow adapter; each
+    watched one is then also held whole on every rank.
 
     `reference_loss` runs a forward on a fixed batch of first-seen data and returns its mean loss: every
     `svd_interference_every` steps the interference of each matrix with it is measured (one backward pass, p.grad stays

@@ -358,7 +358,7 @@ class AdaptiveSVD:
         numbers = dict(vars(decision.measured))  # not dataclasses.asdict, which copies deeply and takes a while
         del numbers["r_next"]
         target.metrics = {
-            **{key: float(value) for key, value in numbers.items()}, **(extras or {}),
+            **{key: float(value) for key, value in numbers.items()}, **(extras or {}), **target.drift,
             "r": float(decision.r), "mode": float(target.lowrank),
         }  # fmt: skip
 

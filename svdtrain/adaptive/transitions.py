@@ -9,13 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from svdtrain.adaptive.factors import FactoredWeight
+from svdtrain.adaptive.factors import FactoredWeight, ParameterCounts
 from svdtrain.adaptive.guard import UpdateGuard
 from svdtrain.adaptive.precision import full_precision
 from svdtrain.adaptive.registration import Adapter, Refactored
 from svdtrain.adaptive.target import Target
 from svdtrain.config import SVDConfig
 from svdtrain.spectral.decompose import Decomposition
+from svdtrain.spectral.null import factor_drift
 
 logger = logging.getLogger(__name__)
 GUARDED = frozenset({"core", "activation"})
@@ -100,6 +101,8 @@ class Transitions:
     def _to_lowrank(self, moves: Sequence[Move]) -> None:
         """Full -> low-rank. The switching step has been taken; the next one trains in part only."""
         forms = [self._form(move) for move in moves]  # all of them before any target changes
+        for move in moves:
+            _log_counts("before the switch to low-rank", move.target)
         for move, form in zip(moves, forms, strict=True):
             if isinstance(form, FactoredWeight):
                 move.target.factors = form
@@ -132,6 +135,8 @@ class Transitions:
         if not self.needs_decomposition:
             return
         changed = []
+        if self._config.svd_protect == "minor":
+            _note_drift(moves)
         for move in moves:
             target, factors, decomposition = move.target, move.target.factors, move.decomposition
             assert decomposition is not None
@@ -154,6 +159,7 @@ class Transitions:
         for target in targets:
             target.factors = target.guard = None
             _switched(target)
+            _log_counts("after the switch to full", target)
 
     def _activation_guard(self, target: Target) -> UpdateGuard:
         config = self._config
@@ -161,17 +167,34 @@ class Transitions:
         return UpdateGuard.activation(target.W, C, config.svd_protect_share, config.svd_protect_strength)
 
 
+def _note_drift(moves: Sequence[Move]) -> None:
+    """How far B and A have left the minor directions of the present W, which they are about to be put back into. Read
+    from the device once for all; the decompositions have just been waited for anyway."""
+    found = [
+        (move.target, factor_drift(factors.B.detach(), factors.A.detach(), known.U[:, :k], known.V[:, :k]))
+        for move in moves
+        if (factors := move.target.factors) is not None and (known := move.decomposition) is not None
+        if (k := known.S.numel() - factors.r) > 0
+    ]
+    if found:
+        numbers = torch.stack([torch.stack(pair).double() for _, pair in found]).tolist()
+        for (target, _), (drift_B, drift_A) in zip(found, numbers, strict=True):
+            target.drift = {"drift_B": drift_B, "drift_A": drift_A}
+
+
 def _switched(target: Target) -> None:
     target.num_switches += 1
+    target.drift = {}
     target.analyses_in_mode = 0
 
 
 def _log_counts(when: str, target: Target) -> None:
     """At debug level only: the split error reads the matrix back from the device."""
-    form = target.form
-    if form is not None and logger.isEnabledFor(logging.DEBUG):
-        counts = form.counts()
+    if logger.isEnabledFor(logging.DEBUG):
+        form, numel = target.form, target.W.numel()
+        counts = ParameterCounts(matrix=numel, trainable=numel, frozen=0) if form is None else form.counts()
         logger.debug(
             "%s, %s: r=%d, matrix %d, trainable %d, frozen %d, total %d parameters, split error %.3g",
-            target.name, when, form.r, counts.matrix, counts.trainable, counts.frozen, counts.total, form.split_error(),
+            target.name, when, target.num_free_directions, counts.matrix, counts.trainable, counts.frozen, counts.total,
+            0.0 if form is None else form.split_error(),
         )  # fmt: skip
