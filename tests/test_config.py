@@ -57,3 +57,9 @@ def test_every_depth_gives_a_batch_that_divides(depth: int) -> None:
 def test_wrong_values_say_what_to_change(make, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         make()
+
+
+@pytest.mark.parametrize("name", ["preset", "engine", "adapter", "moments", "rule", "protect"])
+def test_a_misspelt_choice_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"--svd-{name} must be one of .*'misspelt'"):
+        SVDConfig(**{f"svd_{name}": "misspelt"})

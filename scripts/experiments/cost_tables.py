@@ -71,6 +71,21 @@ def switching(content: dict[str, Any]) -> str:
     return "\n".join(lines + _measured_in_the_loop(content)) + "\n"
 
 
+def memory(content: dict[str, Any]) -> str:
+    """What is held beside the weights."""
+    lines = [
+        "### Memory",
+        "",
+        "What the method holds beside the model, all 16 attention matrices of depth 4 in low-rank mode at one r/g",
+        "after the other; principal, bases, spectra, references and scratch are the tracked engine's, there in full",
+        "mode, too. lowrank is W_p, B and A. On a GPU scratch is two bf16 copies while a look is under way.",
+        "Re-registered, as here, the optimizer's state shrinks with r; shadow adds its own for B and A, of their size,",
+        "and keeps the host's. Measuring forgetting holds W and a gradient in bf16 besides, 1.5 in the same units.",
+        "",
+    ]
+    return "\n".join(lines + _measured_in_the_loop(content)) + "\n"
+
+
 def _measured_in_the_loop(content: dict[str, Any]) -> list[str]:
     """The rows of bench_monitoring.py and the command that made them."""
     flags = " ".join(part for part in content["argv"] if not part.endswith(".json") and part != "--out")

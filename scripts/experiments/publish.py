@@ -260,6 +260,7 @@ SECTIONS = {"phase1": phase1, "phase2": phase2, "shift": shift}
 COSTS = {
     "spectral": cost_tables.spectral,
     "switching": cost_tables.switching,
+    "memory": cost_tables.memory,
     "nanochat": cost_tables.nanochat,
     "nanochat_2025": cost_tables.nanochat,
     "nanochat_two_gpus": cost_tables.nanochat,

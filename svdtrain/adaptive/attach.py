@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Callable, Mapping
@@ -54,6 +55,12 @@ class AttachedSVD(AdaptiveSVD):
             self.interference = Interference(watched, reference_loss, average=_mean_over_ranks)
         self.step = 0
         self.changes: list[Change] = []
+        self._in_step = False
+        """From the first pre hook to the first post hook: where a step calls its parent class's, both fire twice."""
+        self._zero_grad = optimizer.zero_grad
+        if not self._adapter.host_clears_gradients:
+            self._zero_grad = self._clearing(optimizer.zero_grad)
+            optimizer.zero_grad = self._zero_grad  # type: ignore[method-assign]
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -88,12 +95,25 @@ class AttachedSVD(AdaptiveSVD):
             self._shards.read_weights()
         super().set_mode(name, r)
 
+    def _clearing(self, zero_grad: Callable[..., None]) -> Callable[..., None]:
+        """`optimizer.zero_grad` that also reaches each W that is not in the optimizer: a loop that leaves a bad step
+        out and clears would otherwise add that gradient to its next one."""
+
+        @functools.wraps(zero_grad)
+        def clear(set_to_none: bool = True) -> None:
+            zero_grad(set_to_none)
+            self.clear_gradients()
+
+        return clear
+
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         if self._factors() and not self._adapter.host_clears_gradients and _inside_grad_scaler():
             raise RuntimeError(
                 "svd_adapter=reregister takes matrices out of the optimizer, where a GradScaler does not unscale "
                 "their gradients; use svd_adapter=shadow (the default of attach)"
             )
+        if not self._in_step:
+            self._begin_step()
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
         if closure is None:
             self._project(optimizer)
@@ -103,6 +123,13 @@ class AttachedSVD(AdaptiveSVD):
         if len(args) > 1:
             return (args[0], wrapped, *args[2:]), kwargs
         return args, {**kwargs, "closure": wrapped}
+
+    def _begin_step(self) -> None:
+        """Once a step, before the host has moved anything."""
+        self._in_step = True
+        if self._shards is not None and self._shards.stale:
+            self._shards.read_weights()
+        self._transitions.keep_foreign_writes(self.targets.values())
 
     def _projecting(self, optimizer: torch.optim.Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
         def closure_then_project() -> Any:
@@ -117,8 +144,6 @@ class AttachedSVD(AdaptiveSVD):
             self._average()
         if self._shards is not None:
             self._shards.read_gradients()
-            if self._shards.stale:
-                self._shards.read_weights()
         self.project_gradients()
         # Set by a GradScaler for the length of a fused step, which divides by it inside its kernel.
         scale = getattr(optimizer, "grad_scale", None)
@@ -151,6 +176,9 @@ class AttachedSVD(AdaptiveSVD):
         return interval - step % interval <= self.config.svd_monitor_every  # steps until the next decision
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if not self._in_step:
+            return
+        self._in_step = False
         found_inf = getattr(optimizer, "found_inf", None)  # of a fused step, as above
         stepped = found_inf is None or not bool(found_inf)
         if self._shards is not None:
@@ -195,6 +223,8 @@ class AttachedSVD(AdaptiveSVD):
         super().detach()
         for handle in self._handles:
             handle.remove()
+        if vars(self._optimizer).get("zero_grad") is self._zero_grad:
+            del self._optimizer.zero_grad  # what the class has is there again
 
 
 def attach(
@@ -209,10 +239,12 @@ def attach(
     """Watch and adapt the matrices of `model` from now on; nothing else in the loop changes.
 
     Gradients are read when `optimizer.step()` is called, so accumulation, clipping, unscaling and averaging before it
-    are seen. `config.svd_adapter` auto means shadow: the host's groups, state and checkpoints stay as they are. To
-    resume, call `load_state_dict` on the result before training goes on. `average_gradients`: for data-parallel hosts
-    whose optimizer averages gradients inside its own step, so that each rank holds its own before it. Parameters that
-    FSDP2 has sharded (DTensor) work with the shadow adapter; each watched one is then also held whole on every rank.
+    are seen. Pre-step hooks of your own that change gradients belong before this call: hooks run in their order, and
+    what comes later reaches W alone, not B and A. `config.svd_adapter` auto means shadow: the host's groups, state
+    and checkpoints stay as they are. To resume, call `load_state_dict` on the result before training goes on.
+    `average_gradients`: for data-parallel hosts whose optimizer averages gradients inside its own step, so that each
+    rank holds its own before it. Parameters that FSDP2 has sharded (DTensor) work with the shadow adapter; each
+    watched one is then also held whole on every rank.
 
     `reference_loss` runs a forward on a fixed batch of first-seen data and returns its mean loss: every
     `svd_interference_every` steps the interference of each matrix with it is measured (one backward pass, p.grad stays

@@ -243,6 +243,8 @@ class AdaptiveSVD:
     def restore_layout(self, state: Mapping[str, Any]) -> None:
         """The part of `load_state_dict` that makes a following `optimizer.load_state_dict` fit."""
         check_state(state, self.targets, self.config.svd_protect)
+        lowrank = [name for name, saved in state["targets"].items() if saved["factors"] is not None]
+        self._adapter.check_state(state["adapter"], lowrank)
         for name, target in self.targets.items():
             target.load_state_dict(state["targets"][name])
         self._transitions.references = {
@@ -356,7 +358,7 @@ class AdaptiveSVD:
         numbers = dict(vars(decision.measured))  # not dataclasses.asdict, which copies deeply and takes a while
         del numbers["r_next"]
         target.metrics = {
-            **{key: float(value) for key, value in numbers.items()}, **(extras or {}),
+            **{key: float(value) for key, value in numbers.items()}, **(extras or {}), **target.drift,
             "r": float(decision.r), "mode": float(target.lowrank),
         }  # fmt: skip
 

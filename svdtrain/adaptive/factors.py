@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from svdtrain.adaptive.precision import full_precision
 from svdtrain.spectral.decompose import Decomposition
 
+_ROUNDING = 1e-5  # relative; what one order of summation or another makes of W_p + B A in float32, and some more
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterCounts:
@@ -42,6 +44,7 @@ class FactoredWeight:
         self.B = nn.Parameter(B.to(W.dtype))
         self.A = nn.Parameter(A.to(W.dtype))
         self.W_p = self._remainder()
+        self._version: int | None = W._version
 
     @classmethod
     def split(cls, W: nn.Parameter, decomposition: Decomposition, r: int, protect: str = "minor") -> FactoredWeight:
@@ -58,6 +61,7 @@ class FactoredWeight:
         factors.W = W
         factors.W_p, B, A = (saved.to(W.device, copy=True).contiguous() for saved in (W_p, B, A))
         factors.B, factors.A = nn.Parameter(B), nn.Parameter(A)
+        factors._version = None
         return factors
 
     @property
@@ -72,6 +76,7 @@ class FactoredWeight:
         self.B.grad = self.A.grad = None
         self.B.data, self.A.data = B.to(self.W.dtype), A.to(self.W.dtype)
         self.W_p = self._remainder()
+        self.mark_merged()
 
     def project_gradient(self) -> None:
         """B.grad = G A^T, A.grad = B^T G: the exact chain rule of W = W_p + B A. None where W has no gradient."""
@@ -90,6 +95,28 @@ class FactoredWeight:
                 torch.addmm(self.W_p, self.B, self.A, out=self.W)
             else:
                 self.W.copy_(self.dense())
+        self.mark_merged()
+
+    def mark_merged(self) -> None:
+        """W holds what it should; whoever writes it from now on is somebody else."""
+        self._version = self.W._version
+
+    def take_up_foreign_write(self) -> float:
+        """Keep what somebody else has written to W since it was merged (a checkpoint loaded, a constraint), which the
+        next merge would undo: W_p = W - B A. Relative size of the change; 0 where there was none, which PyTorch's count
+        of writes tells without reading W, or none beyond rounding."""
+        if self._version == self.W._version:
+            return 0.0
+        dense, known = self.dense(), self._version is not None
+        self.mark_merged()
+        W = self.W.detach().to(dense.dtype)
+        scale = float(torch.maximum(torch.linalg.vector_norm(W), torch.linalg.vector_norm(dense)))
+        change = float(torch.linalg.vector_norm(W - dense)) / scale if scale > 0 else 0.0
+        beyond_rounding = change > max(_ROUNDING, torch.finfo(self.W.dtype).eps)
+        # A restored matrix is compared once: rounding is not taken up there, so that a resume stays exact.
+        if beyond_rounding or (known and self.W.dtype == dense.dtype):
+            self.W_p = self._remainder()
+        return change if beyond_rounding else 0.0
 
     def dense(self) -> Tensor:
         """W_p + B A [m, n] in W_p's dtype."""

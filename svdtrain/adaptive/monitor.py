@@ -7,6 +7,7 @@ and after every resume. By then the device is a whole step further, so nothing w
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping
 from typing import Any
@@ -19,6 +20,7 @@ from svdtrain.adaptive.policy import Measurement
 from svdtrain.adaptive.target import Target
 from svdtrain.config import SVDConfig
 from svdtrain.spectral.decompose import Decomposition
+from svdtrain.spectral.null import wedin_bound
 from svdtrain.spectral.settings import TrackerSettings
 from svdtrain.spectral.tracking import SubspaceTracker
 from svdtrain.spectral.transfer import Report
@@ -115,7 +117,17 @@ class Monitor:
         if name in self._spectra:
             S = self._spectra[name].numpy()
             out |= {f"singular_{at}": float(S[at * S.size // 100]) for at in _SPECTRUM_AT}
+            out |= self._wedin(name, slow.get("update_ratio", math.nan))
         return out
+
+    def _wedin(self, name: str, update_ratio: float) -> dict[str, float]:
+        """Upper bound of the sine of the largest angle between the last two analyses, only where it is below 1. From
+        the later spectrum and the update's Frobenius norm: Wedin's theorem does not care which spectrum is later."""
+        S, r = self._spectra[name], self._targets[name].r
+        if r is None or not 0 < S.numel() - r < S.numel() or math.isnan(update_ratio):
+            return {}
+        bound = wedin_bound(update_ratio * float(torch.linalg.vector_norm(S)), S, S.numel() - r)
+        return {} if bound is None else {"wedin": bound}
 
     def set_ranks(self, ranks: Mapping[str, int]) -> None:
         """New r of some matrices."""

@@ -61,6 +61,8 @@ def merge(lowrank: Sequence[FactoredWeight]) -> None:
             dense = torch.stack([factors.W_p for factors in alike])
             B, A = (t.to(dense.dtype) for t in _factor_stacks(alike))
             torch._foreach_copy_([factors.W for factors in alike], list(dense.baddbmm_(B, A).unbind()))
+        for factors in alike:
+            factors.mark_merged()
 
 
 def remember(lowrank: Sequence[FactoredWeight]) -> list[Before]:

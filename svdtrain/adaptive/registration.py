@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -63,9 +63,17 @@ class Adapter(Protocol):
         """The host optimizer has stepped; W is merged from B and A next."""
         ...
 
+    def check_full_update_norms(self) -> None:
+        """Raise ValueError unless `full_update_norms` can tell."""
+        ...
+
     def full_update_norms(self, lowrank: Sequence[FactoredWeight], W_before: Tensor) -> Tensor:
         """||dW||_F [N] that this step would have had in full mode, of N equal matrices; W_before [N, m, n]. Called
         between `after_step` and the merge."""
+        ...
+
+    def check_state(self, state: Mapping[str, Any], lowrank: Collection[str]) -> None:
+        """Raise ValueError unless this is what this kind of adapter saves for these low-rank matrices, by name."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -160,15 +168,24 @@ class Reregister:
     def after_step(self) -> None:
         """Nothing to do: the host optimizer stepped B and A."""
 
+    def check_full_update_norms(self) -> None:
+        """Raise ValueError unless all targets lie in groups of Muon."""
+        if not all(is_muon(self._optimizer.param_groups[index]) for index in self._original):
+            raise ValueError("svd_match_rms with svd_adapter=reregister needs Muon; use svd_adapter=shadow")
+
     def full_update_norms(self, lowrank: Sequence[FactoredWeight], W_before: Tensor) -> Tensor:
-        """Known for Muon alone: lr x shape factor x min(m, n)^1/2. Raises ValueError for other optimizers."""
+        """Known for Muon alone: lr x shape factor x min(m, n)^1/2."""
         groups = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
         shape, norms = W_before.shape[1:], []
         for group in (groups[id(factors.B)] for factors in lowrank):
-            if not is_muon(group):
-                raise ValueError("svd_match_rms with svd_adapter=reregister needs Muon; use svd_adapter=shadow")
+            assert is_muon(group), "check_full_update_norms"
             norms.append(float(group["lr"]) * muon_scale(shape, group) * min(shape) ** 0.5)
         return torch.tensor(norms, device=W_before.device)
+
+    def check_state(self, state: Mapping[str, Any], lowrank: Collection[str]) -> None:
+        """Raise ValueError where the moments of B and A lie in the state: they were shadow's."""
+        if state:
+            raise ValueError("this state was saved with svd_adapter=shadow; resume with the same adapter")
 
     def state_dict(self) -> dict[str, Any]:
         """Empty: everything is in the host optimizer's state_dict."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from svdtrain.adaptive.precision import full_precision
 from svdtrain.adaptive.registration import Moments, Refactored, check_ownership
 from svdtrain.adaptive.sharded import whole
 from svdtrain.adaptive.stacks import states_between_factors, states_to_factors
-from svdtrain.adaptive.update_rules import State, rule_for
+from svdtrain.adaptive.update_rules import State, has_own_rule, rule_for
 
 log = logging.getLogger(__name__)
 
@@ -41,9 +41,11 @@ class Shadow:
     ) -> None:
         """`owned`: what the optimizer has in the place of each target, where that is not the target itself (shards).
         `everywhere`: which of some things hold on every rank; every rank asks at the same changes.
-        Raises ValueError when a target is not in the optimizer."""
+        Raises ValueError when a target is not in the optimizer or its group has no learning rate; warns where the
+        optimizer's rule is none that B and A can be stepped by."""
         check_ownership(optimizer, owned or targets)
         self._owned = {id(W): (owned or targets)[name] for name, W in targets.items()}
+        _check_rules(optimizer, {id(p) for p in self._owned.values()})
         self._optimizer = optimizer
         self._moments: Moments = moments
         self._everywhere = everywhere
@@ -98,6 +100,9 @@ class Shadow:
                 params, states = zip(*together[id(group)], strict=True)
                 step(params, states, group)
 
+    def check_full_update_norms(self) -> None:
+        """Nothing to do: the host takes the full step each time."""
+
     def full_update_norms(self, lowrank: Sequence[FactoredWeight], W_before: Tensor) -> Tensor:
         """||dW||_F of the step that the host has just taken with each W."""
         return torch.linalg.vector_norm(torch.stack([factors.W for factors in lowrank]) - W_before, dim=(-2, -1))
@@ -106,10 +111,13 @@ class Shadow:
         """The moments of B and A by matrix."""
         return {name: {"B": dict(B), "A": dict(A)} for name, (B, A) in self._state.items()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Inverse of `state_dict`. Raises ValueError when it does not belong to these low-rank matrices."""
-        if set(state) != set(self._lowrank):
+    def check_state(self, state: Mapping[str, Any], lowrank: Collection[str]) -> None:
+        """Raise ValueError when it does not belong to these low-rank matrices."""
+        if set(state) != set(lowrank):
             raise ValueError("no moments of B and A in this state: it was saved with another svd_adapter; use that one")
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of `state_dict`."""
         self._state = {name: (_own(parts["B"]), _own(parts["A"])) for name, parts in state.items()}
 
     def _name(self, factors: FactoredWeight) -> str:
@@ -153,6 +161,22 @@ class Shadow:
         for one, outcome in zip(changed, outcomes, strict=True):
             assert not isinstance(outcome, UnknownState), "this state is our own rule's"
             self._state[self._name(one.factors)] = outcome
+
+
+def _check_rules(optimizer: torch.optim.Optimizer, wanted: Collection[int]) -> None:
+    groups = [group for group in optimizer.param_groups if any(id(p) in wanted for p in group["params"])]
+    if not all("lr" in group for group in groups):
+        raise ValueError(
+            f"{type(optimizer).__name__} keeps no learning rate `lr` in its param groups, under which shadow would "
+            "step B and A; add one, or use svd_adapter=reregister"
+        )
+    strange = next((group for group in groups if not has_own_rule(group, optimizer)), None)
+    if strange is not None:
+        log.warning(
+            "%s is none of AdamW, Adam, SGD and Muon: B and A of low-rank matrices are stepped by the rule of %s under "
+            "its learning rate, which may fit them badly; svd_match_rms=True gives their updates the size of its own",
+            type(optimizer).__name__, "AdamW" if "betas" in strange else "SGD",
+        )  # fmt: skip
 
 
 def _own(state: Mapping[str, Any]) -> State:

@@ -50,6 +50,8 @@ class Target:
     """Present in low-rank mode of the kinds that guard W's own updates (core, activation)."""
     history: History | None = None
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    drift: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Shares of B and A in the principal directions at the last recomputation of the split, where they were minor."""
     num_switches: int = 0
     analyses_in_mode: int = 0
 
@@ -80,13 +82,14 @@ class Target:
             "guard": None if self.guard is None else self.guard.state_dict(),
             "history": None if self.history is None else self.history.state_dict(),
             "metrics": dict(self.metrics),
+            "drift": dict(self.drift),
             "num_switches": self.num_switches,
             "analyses_in_mode": self.analyses_in_mode,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Inverse of `state_dict`."""
-        self.r, self.metrics = state["r"], dict(state["metrics"])
+        self.r, self.metrics, self.drift = state["r"], dict(state["metrics"]), dict(state.get("drift", {}))
         self.num_switches, self.analyses_in_mode = state["num_switches"], state["analyses_in_mode"]
         factors, guard, past = state["factors"], state["guard"], state["history"]
         self.factors = None if factors is None else FactoredWeight.restored(self.W, **factors)

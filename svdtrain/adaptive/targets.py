@@ -19,7 +19,7 @@ def select_targets(model: nn.Module, pattern: str) -> dict[str, nn.Parameter]:
     """The 2-D parameters (smaller side >= 16) that `pattern` names, in the model's order, by short name.
 
     `pattern`: attn, mlp, all, or a regular expression searched in the parameter's name. Frozen parameters are left out
-    with a warning. Raises ValueError when nothing matches, or when a match is shared by several modules.
+    with a warning. Raises ValueError when nothing else matches, or when a match is shared by several modules.
     """
     names = _names_by_parameter(model)
     try:
@@ -42,6 +42,10 @@ def select_targets(model: nn.Module, pattern: str) -> dict[str, nn.Parameter]:
             frozen.append(aliases[0])
             continue
         targets[short_name(aliases[0])] = parameter
+    if frozen and not targets:
+        raise ValueError(
+            f"all {len(frozen)} parameters that svd_targets={pattern!r} matches are frozen, e.g. {frozen[0]}"
+        )
     if frozen:
         warnings.warn(f"frozen parameters are not watched: {', '.join(frozen)}", stacklevel=3)
     if not targets:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from svdtrain.adaptive.factors import FactoredWeight
+from svdtrain.adaptive.factors import FactoredWeight, ParameterCounts
 from svdtrain.adaptive.guard import UpdateGuard
 from svdtrain.adaptive.precision import full_precision
 from svdtrain.adaptive.registration import Adapter, Refactored
 from svdtrain.adaptive.target import Target
 from svdtrain.config import SVDConfig
 from svdtrain.spectral.decompose import Decomposition
+from svdtrain.spectral.null import factor_drift
 
 logger = logging.getLogger(__name__)
 GUARDED = frozenset({"core", "activation"})
@@ -34,13 +36,23 @@ class Transitions:
     """Carries out what was decided. W is never written here."""
 
     def __init__(self, config: SVDConfig, adapter: Adapter) -> None:
-        """`references` holds E[x x^T] by matrix name, for protect=activation."""
+        """`references` holds E[x x^T] by matrix name, for protect=activation. Raises ValueError where updates are to be
+        matched in size and nothing says what the full one would be."""
+        if config.svd_match_rms and config.svd_protect not in GUARDED:
+            adapter.check_full_update_norms()
         self._config = config
         self._adapter = adapter
         self.references: dict[str, Tensor] = {}
 
     def set_references(self, covariances: dict[str, Tensor], targets: dict[str, Target]) -> None:
-        """New covariances; matrices that are guarded by activation now get their new guard at once."""
+        """New covariances; matrices that are guarded by activation now get their new guard at once. Raises ValueError
+        for one that does not fit its matrix or is not finite."""
+        for name, C in covariances.items():
+            n = targets[name].W.shape[1]
+            if C.shape != (n, n) or not bool(torch.isfinite(C).all()):
+                raise ValueError(
+                    f"{name}: the covariance of its inputs must be {n} x {n} and finite, got {tuple(C.shape)}"
+                )
         self.references.update(covariances)
         for name in covariances:
             if targets[name].guard is not None and self._config.svd_protect == "activation":
@@ -66,6 +78,17 @@ class Transitions:
             self._to_lowrank([move for move in lowrank if not move.target.lowrank])
             self._refactor(staying)
 
+    def keep_foreign_writes(self, targets: Iterable[Target]) -> None:
+        """Low-rank matrices that somebody else has written since the last step keep that, and it is said."""
+        for target in targets:
+            change = 0.0 if target.factors is None else target.factors.take_up_foreign_write()
+            if change > 0:
+                logger.warning(
+                    "%s was written between two steps while it is low-rank (%.3g of its size): what was written stays, "
+                    "and B and A train on beside it; with a checkpoint, load the state of the method, too",
+                    target.name, change,
+                )  # fmt: skip
+
     def guard_inputs(self, target: Target) -> None:
         """Any mode -> guarded by the inputs' covariance, whatever `svd_protect` is."""
         guard = self._activation_guard(target)
@@ -78,6 +101,8 @@ class Transitions:
     def _to_lowrank(self, moves: Sequence[Move]) -> None:
         """Full -> low-rank. The switching step has been taken; the next one trains in part only."""
         forms = [self._form(move) for move in moves]  # all of them before any target changes
+        for move in moves:
+            _log_counts("before the switch to low-rank", move.target)
         for move, form in zip(moves, forms, strict=True):
             if isinstance(form, FactoredWeight):
                 move.target.factors = form
@@ -97,13 +122,21 @@ class Transitions:
         assert move.r is not None
         if protect == "core":
             return UpdateGuard.core(W, decomposition, move.r)
-        return FactoredWeight.split(W, decomposition, move.r, protect)
+        factors = FactoredWeight.split(W, decomposition, move.r, protect)
+        if not bool(factors.B.detach().any()):
+            logger.warning(
+                "%s: the %d directions to train are exactly zero, and so are B and A and their gradients: it stands "
+                "still until it is switched back", move.target.name, move.r,
+            )  # fmt: skip
+        return factors
 
     def _refactor(self, moves: Sequence[Move]) -> None:
         """Recompute everything from the current W."""
         if not self.needs_decomposition:
             return
         changed = []
+        if self._config.svd_protect == "minor":
+            _note_drift(moves)
         for move in moves:
             target, factors, decomposition = move.target, move.target.factors, move.decomposition
             assert decomposition is not None
@@ -126,6 +159,7 @@ class Transitions:
         for target in targets:
             target.factors = target.guard = None
             _switched(target)
+            _log_counts("after the switch to full", target)
 
     def _activation_guard(self, target: Target) -> UpdateGuard:
         config = self._config
@@ -133,17 +167,34 @@ class Transitions:
         return UpdateGuard.activation(target.W, C, config.svd_protect_share, config.svd_protect_strength)
 
 
+def _note_drift(moves: Sequence[Move]) -> None:
+    """How far B and A have left the minor directions of the present W, which they are about to be put back into. Read
+    from the device once for all; the decompositions have just been waited for anyway."""
+    found = [
+        (move.target, factor_drift(factors.B.detach(), factors.A.detach(), known.U[:, :k], known.V[:, :k]))
+        for move in moves
+        if (factors := move.target.factors) is not None and (known := move.decomposition) is not None
+        if (k := known.S.numel() - factors.r) > 0
+    ]
+    if found:
+        numbers = torch.stack([torch.stack(pair).double() for _, pair in found]).tolist()
+        for (target, _), (drift_B, drift_A) in zip(found, numbers, strict=True):
+            target.drift = {"drift_B": drift_B, "drift_A": drift_A}
+
+
 def _switched(target: Target) -> None:
     target.num_switches += 1
+    target.drift = {}
     target.analyses_in_mode = 0
 
 
 def _log_counts(when: str, target: Target) -> None:
     """At debug level only: the split error reads the matrix back from the device."""
-    form = target.form
-    if form is not None and logger.isEnabledFor(logging.DEBUG):
-        counts = form.counts()
+    if logger.isEnabledFor(logging.DEBUG):
+        form, numel = target.form, target.W.numel()
+        counts = ParameterCounts(matrix=numel, trainable=numel, frozen=0) if form is None else form.counts()
         logger.debug(
             "%s, %s: r=%d, matrix %d, trainable %d, frozen %d, total %d parameters, split error %.3g",
-            target.name, when, form.r, counts.matrix, counts.trainable, counts.frozen, counts.total, form.split_error(),
+            target.name, when, target.num_free_directions, counts.matrix, counts.trainable, counts.frozen, counts.total,
+            0.0 if form is None else form.split_error(),
         )  # fmt: skip

@@ -45,6 +45,12 @@ def rule_for(group: Group, optimizer: torch.optim.Optimizer) -> tuple[Rule, froz
     return sgd_step, frozenset({"momentum_buffer"})
 
 
+def has_own_rule(group: Group, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether `rule_for` is what this optimizer does itself, and not the nearest of three."""
+    known = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
+    return is_muon(group) or group.get("kind") == "adamw" or isinstance(optimizer, known)
+
+
 def is_muon(group: Group) -> bool:
     """Whether matrices of this group get orthogonalised updates."""
     return group.get("kind") == "muon" or ("ns_steps" in group and "betas" not in group)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from svdtrain.config.setting import advanced, require
+from svdtrain.config.setting import advanced, require, require_choices
 
 SVDPreset = Literal["conservative", "fast", "off"]
 
@@ -126,6 +126,7 @@ class SVDConfig:
     """Rows, at least, of the probe and of the control set; never fewer than reference rows."""
 
     def __post_init__(self) -> None:
+        require_choices(self)
         require(self.svd_interval >= 1, f"--svd-interval must be at least 1, got {self.svd_interval}")
         require(self.svd_monitor_every >= 1, f"--svd-monitor-every must be at least 1, got {self.svd_monitor_every}")
         require(self.svd_min_rank >= 1, f"--svd-min-rank must be at least 1, got {self.svd_min_rank}")

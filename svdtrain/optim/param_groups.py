@@ -37,11 +37,13 @@ def build_param_groups(
     lr_scale: factor for the batch size (`schedule.batch_lr_scale`); as in nanochat it does not touch the smear group.
     non_matrices: names of 2-D parameters of the blocks that are no matrices in spirit (poles, gates, taps): AdamW too.
     weight_decay: of the matrices; None takes optim_config's. Embedding and head rates also scale with width^-1/2.
-    Raises ValueError for a parameter it has no role for.
+    Frozen parameters are in no group. Raises ValueError for a parameter it has no role for.
     """
     roles: dict[str, list[Tensor]] = {name: [] for name in _ADAMW_ROLES}
     matrices: list[Tensor] = []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         role = "block_other" if name in non_matrices else _role(name, parameter)
         (matrices if role == "matrix" else roles[role]).append(parameter)
     width = model.get_parameter("lm_head.weight").shape[1]
@@ -121,4 +123,4 @@ def _muon_groups(matrices: list[Tensor], lr: float, weight_decay: float) -> list
 def _check_complete(model: nn.Module, groups: list[dict[str, Any]]) -> None:
     grouped = [id(p) for group in groups for p in group["params"]]
     assert len(grouped) == len(set(grouped)), "a parameter is in two groups"
-    assert set(grouped) == {id(p) for p in model.parameters()}, "a parameter is in no group"
+    assert set(grouped) == {id(p) for p in model.parameters() if p.requires_grad}, "a parameter is in no group"

@@ -107,6 +107,8 @@ def _zeros(name: str, layer: nn.Module) -> Tensor:
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         raise ValueError(f"{name}: needs a module with a 2-D weight [out, in], got {type(layer).__name__}")
+    if type(layer).__name__ == "Conv1D":  # of transformers' GPT-2: nothing else tells it apart where it is square
+        raise ValueError(f"{name}: Conv1D keeps its weight as [in, out]; its inputs cannot be protected")
     return torch.zeros(weight.shape[1], weight.shape[1], device=weight.device)
 
 

@@ -333,7 +333,10 @@ def test_debug_log_prints_counts_and_split_error(caplog: pytest.LogCaptureFixtur
         svd.set_mode(Q, 4)
         svd.set_mode(Q, None)
     assert "r=4, matrix 400, trainable 160, frozen 400, total 560 parameters, split error" in caplog.text
-    assert caplog.text.count("split error") == 2
+    full = "r=20, matrix 400, trainable 400, frozen 0, total 400 parameters, split error 0"
+    for when in ("before the switch to low-rank", "after the switch to full"):
+        assert f"{Q}, {when}: {full}" in caplog.text
+    assert caplog.text.count("split error") == 4
 
 
 def test_set_mode_explains_itself() -> None:

@@ -129,9 +129,8 @@ def test_activation_without_a_reference_warns_and_stays_full(caplog: pytest.LogC
         svd.set_mode(Q, 5)
     with pytest.raises(ValueError, match="not watched"):
         svd.set_references({"nope": covariance()})
-    svd.set_references({Q: covariance(n=7)})
     with pytest.raises(ValueError, match="must be 20 x 20"):
-        svd.set_mode(Q, 5)
+        svd.set_references({Q: covariance(n=7)})
 
 
 def test_core_rank_is_checked() -> None:

@@ -240,3 +240,37 @@ def test_it_works_inside_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside.steps(0, 10)
     assert inside.svd.metrics() == outside.svd.metrics()
+
+
+def test_the_bound_of_the_rotation_is_there_only_where_it_says_something() -> None:
+    quiet, loud = Run(), Run()
+    quiet.optimizer.param_groups[0]["lr"] = 1e-4
+    for run in (quiet, loud):
+        run.steps(0, 3 * INTERVAL + 1)
+    for name in NAMES:
+        assert math.sin(metric(quiet, name, "subspace_angle")) < metric(quiet, name, "wedin") < 1
+        assert math.isnan(metric(loud, name, "wedin"))
+
+
+def test_drift_of_the_factors_is_reported_when_they_are_put_back() -> None:
+    run = Run(svd_recompute_every=1).steps(0, INTERVAL)
+    name = NAMES[0]
+    target = run.svd.targets[name]
+    run.svd.set_mode(name, 84)
+    assert target.drift == {}
+    assert target.factors is not None
+    U = torch.linalg.svd(target.W.detach()).U
+    with torch.no_grad():
+        target.factors.B += 3 * U[:, :1]  # in the principal space now, but not strong enough to lead it
+        before = target.factors.B.clone()
+        target.factors.merge()
+    run.steps(INTERVAL, INTERVAL + 1)
+    U = torch.linalg.svd(target.W.detach()).U[:, :12]
+    expected = float((U.T @ before).square().sum() / before.square().sum())
+    assert expected > 0.1
+    assert metric(run, name, "drift_B") == pytest.approx(expected, rel=0.05)
+    assert 0 <= metric(run, name, "drift_A") < 0.5
+    run.svd.set_mode(name, 84)
+    assert max(target.drift.values()) < 1e-9
+    run.svd.set_mode(name, None)
+    assert target.drift == {}

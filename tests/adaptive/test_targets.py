@@ -57,6 +57,9 @@ def test_frozen_target_is_left_out_with_a_warning() -> None:
         found = select_targets(model, "attn")
     assert "h.0.attn.c_q" not in found
     assert len(found) == 5
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="all 6 parameters that svd_targets='attn' matches are frozen"):
+        select_targets(model, "attn")
 
 
 def test_names_lose_the_wrappers() -> None:

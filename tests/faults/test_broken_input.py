@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from svdtrain import build
 from svdtrain.cli import main
 from svdtrain.trainer.hooks import Hook
-from tests.main_job import records, tiny_settings, write_corpus
+from tests.main_job import records, tiny_settings, tiny_trainer, write_corpus
 
 STEPS = 12
 
@@ -105,3 +105,25 @@ def test_a_run_asks_for_no_network(tmp_path, monkeypatch) -> None:
         monkeypatch.delenv(name, raising=False)
     assert main(arguments(tmp_path, write_corpus(tmp_path / "text"))) == 0
     assert not asked
+
+
+def test_what_a_hook_freezes_stays_and_the_rest_trains(tmp_path) -> None:
+    """docs/HOOKS.md names it as a use of on_setup; a frozen target is not watched, with a warning."""
+    frozen = ("transformer.wte.weight", "transformer.h.0.attn.c_q.weight")
+
+    class Freeze(Hook):
+        name = "freeze"
+
+        def on_setup(self, state: Any) -> None:
+            for name in frozen:
+                state.model.get_parameter(name).requires_grad_(False)
+
+    settings = tiny_settings(write_corpus(tmp_path / "text"), train={"num_iterations": 8})
+    trainer = tiny_trainer(tmp_path / "run", settings, extra_hooks=[Freeze()])
+    before = {name: p.detach().clone() for name, p in trainer.state.model.named_parameters()}
+    with pytest.warns(UserWarning, match="frozen parameters are not watched: transformer.h.0.attn.c_q.weight"):
+        trainer.fit()
+    for name in frozen:
+        assert torch.equal(trainer.state.model.get_parameter(name), before[name])
+    moved = trainer.state.model.get_parameter("transformer.h.1.attn.c_q.weight")
+    assert not torch.equal(moved, before["transformer.h.1.attn.c_q.weight"])

@@ -83,3 +83,12 @@ def test_several_optimizers_are_refused(tmp_path) -> None:
     trainer = type("T", (), {"optimizers": optimizers})()
     with pytest.raises(ValueError, match="one optimizer"):
         SVDCallback(CONFIG).on_train_start(trainer, module)
+
+
+def test_the_example_of_the_page_runs(tmp_path, monkeypatch) -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "HOOKS.md"
+    code = next(part for part in page.read_text().split("```python\n") if "svdtrain[lightning]" in part).split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(code, names)
+    assert names["trainer"].global_step == 8

@@ -73,3 +73,14 @@ def test_without_the_saved_state_it_says_so_and_goes_on(tmp_path, caplog) -> Non
     (tmp_path / "checkpoint-6" / STATE_FILE).unlink()
     train(tmp_path, 8, SVDCallback(CONFIG), resume=True)
     assert "full mode" in caplog.text
+
+
+def test_the_example_of_the_page_runs(tmp_path, monkeypatch) -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "HOOKS.md"
+    code = next(part for part in page.read_text().split("```python\n") if "svdtrain[transformers]" in part).split(
+        "```"
+    )[0]
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(code, names)
+    assert names["trainer"].state.global_step == 6

@@ -139,3 +139,13 @@ def test_outside_share() -> None:
     C, Q, values = covariance()
     assert float(A.outside_share(C, Q[:, :3])) == pytest.approx(float(values[3:].sum() / values.sum()))
     assert float(A.outside_share(torch.zeros(12, 12), Q[:, :3])) == 0
+
+
+def test_a_layer_whose_weight_lies_the_other_way_is_refused() -> None:
+    """Square, it would be protected on the wrong side."""
+
+    class Conv1D(torch.nn.Module):
+        weight = torch.zeros(20, 20)
+
+    with pytest.raises(ValueError, match=r"as \[in, out\]"), A.collect_input_covariances({"c": Conv1D()}):
+        pass

@@ -14,7 +14,7 @@ from svdtrain.spectral.decompose import decompose
 from svdtrain.spectral.settings import TrackerSettings
 from svdtrain.spectral.tracking import SubspaceTracker
 from svdtrain.spectral.worker import Worker
-from tests.spectral.reference import gaussian
+from tests.spectral.reference import gaussian, zoo
 from tests.spectral.test_subspace import trained
 
 torch.set_num_threads(1)
@@ -143,6 +143,31 @@ def test_tracked_bases_stay_within_the_contract() -> None:
     rhos = [values["rho"] for report in slow for values in report.values.values() if "rho" in values]
     assert len(rhos) > 20
     assert 0.7 < sum(rhos) / len(rhos) < 1.3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", zoo())
+def test_every_kind_of_matrix_is_tracked_within_the_contract(name: str, dtype: torch.dtype) -> None:
+    """Warm analyses after small steps against float64: angle .01 and shares .01 where there is a gap, energies 1e-3."""
+    W = zoo()[name].to(dtype)
+    m, n = W.shape
+    g, size = min(m, n), float(W.abs().max())
+    k = {"spiked": 3, "clustered": 20, "rank_deficient": 5}.get(name, max(1, g // 4))
+    settings = TrackerSettings(interval=1, stagger=1, oversample=8, widest_share=1.0, exact_every=100)
+    tracker = SubspaceTracker({"w": W}, {"w": k}, settings)
+    for step in range(5):
+        tracker.analyse(step, {"w": W})
+        basis, (report,) = tracker.basis("w"), tracker.flush()
+        assert report.values["w"]["ok"] == 1 or name == "zero"  # nothing to iterate: every second one is exact
+        U, S, _ = torch.linalg.svd(W.double(), full_matrices=False)
+        energy, found = (float((T[:k].double() / (size or 1.0)).square().sum()) for T in (S, basis.S))
+        assert found == pytest.approx(energy, rel=1e-3)
+        if k < g and S[k - 1] - S[k] > 1e-3 * S[0]:
+            assert float(M.subspace_angle(basis.U, U, k)) < 0.01
+            G = gaussian(m, n, seed=99)
+            shares = [float(M.principal_share(G, T.double(), k)) for T in (U, basis.U)]
+            assert shares[0] == pytest.approx(shares[1], abs=0.01)
+        W = (W.double() + 0.02 * size / m**0.5 * gaussian(m, n, seed=step)).to(dtype)
 
 
 def test_a_new_direction_is_found_without_an_exact_analysis() -> None:
