@@ -122,7 +122,12 @@ def parse(argv: Sequence[str]) -> Options:
         "Flags",
         [(name, kind, field(default_factory=kind)) for name, kind in groups.items()],
     )
-    flags = read_flags(flags_class, ours, program="nanochat_patch", description=DESCRIPTION)
+    try:
+        flags = read_flags(flags_class, ours, program="nanochat_patch", description=DESCRIPTION)
+    except ValueError as error:
+        if "--" not in argv and "Unrecognized" in str(error):
+            raise ValueError(f"{error} (flags of nanochat's own script stand behind ` -- `)") from error
+        raise
     return Options(launch=flags.launch, svd=flags.svd, mixer=flags.mixer, base_train=tuple(theirs))
 
 

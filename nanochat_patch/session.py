@@ -65,6 +65,9 @@ class Session:
         self.svd = self._attach(model, optimizer, shielded=distributed or len(optimizers) > 1, average=distributed)
         optimizer.register_step_post_hook(self._after_step)
         self._restore(self.svd)
+        self.records.check_writable()
+        doing = f"watching {len(self.svd.targets)} matrices" if self.svd.watching else "watching nothing"
+        _say(f"{doing}; run directory {self.records.path}")
 
     def checkpoint_saved(self, checkpoint_dir: str, step: int) -> None:
         """nanochat saves a checkpoint: ours goes beside it, from one rank, as all hold the same."""

@@ -50,6 +50,18 @@ def test_what_is_missing_is_named(tmp_path: Path, file: str, old: str, new: str,
             find_surface()
 
 
+@pytest.mark.parametrize("name", ["none", "file"])
+def test_no_directory_at_all(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(sys, "argv", ["nanochat_patch", "--nanochat", str(tmp_path / name)])
+    with undone(), pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"nanochat_patch: error: --nanochat {tmp_path / name}: no such directory\n"
+
+
 def test_a_directory_that_is_no_checkout(tmp_path: Path) -> None:
     with undone(), pytest.raises(UnsupportedNanochat, match=r"nanochat/gpt\.py is missing"):
         enter_checkout(tmp_path)
@@ -111,7 +123,7 @@ def test_the_checkout_must_be_named() -> None:
         (["--svd-intervall", "5"], "Perhaps you meant: svd-interval"),
         (["--svd-interval", "often"], "--svd-interval: invalid literal"),
         (["--script", "chat_rl"], "invalid choice 'chat_rl' for argument '--script'"),
-        (["--depth=4"], "Unrecognized options: --depth=4"),  # nanochat's own, in front of the dashes
+        (["--depth=4"], "Unrecognized options: --depth=4 (flags of nanochat's own script stand behind ` -- `)"),
         (["--mixer", "nonsense"], "unknown mixer 'nonsense'"),
     ],
 )

@@ -182,6 +182,26 @@ def test_a_second_run_does_not_land_in_the_first(
     assert len(records(tmp_path / "run", "train")) == 1
 
 
+def test_it_says_what_it_watches_and_where_the_records_go(
+    checkout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    session = patched(checkout, tmp_path, WATCH, num_iterations=1)
+    assert session.svd is not None
+    lines = capsys.readouterr().out.splitlines()
+    assert f"svd | watching {len(session.svd.targets)} matrices; run directory {tmp_path / 'run'}" in lines
+
+
+def test_a_run_directory_that_cannot_be_made_is_refused_before_training(
+    checkout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as stop:
+        patched(checkout, tmp_path / "out", WATCH, tmp_path / "file" / "run")
+    assert stop.value.code == 2
+    assert "cannot be written: Not a directory" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_a_real_wandb_run_is_mirrored(checkout: Path, tmp_path: Path) -> None:
     with undone():
         launch = Launch(nanochat=str(checkout), run_dir=str(tmp_path / "run"))
