@@ -13,6 +13,12 @@ from typing import Literal
 from svdtrain.config import SVDConfig
 
 ATTENTION = "attention"  # the mixer that nanochat has already
+WITHOUT_EFFECT = (
+    "on_alarm", "alarm_lr", "alarm_rank", "alarm_nats", "alarm_z", "alarm_patience", "interference_every",
+    "replay_share", "reference_rows", "probe_rows",
+)  # fmt: skip
+"""Settings of the alarm and of what it is told by, which our own trainer has and nanochat's script does not."""
+_DEFAULTS = dataclasses.asdict(SVDConfig())
 RankCheck = Literal["off", "warn", "stop"]
 Script = Literal["base_train", "mid_train", "chat_sft", "base_eval", "chat_eval", "chat_cli"]
 
@@ -96,6 +102,17 @@ class Options:
             raise ValueError(
                 "--svd-protect activation needs the inputs of every layer on a reference set, which nanochat's script "
                 "does not collect; use minor or core, or svdtrain's own trainer"
+            )
+
+        idle = [
+            name
+            for name in (f"svd_{n}" for n in WITHOUT_EFFECT)
+            if getattr(self.svd, name) not in (_DEFAULTS[name], "none", 0)
+        ]
+        if idle:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+            raise ValueError(
+                f"{flags}: there is no alarm here, which needs first-seen text; use svdtrain's own trainer"
             )
 
     @property

@@ -105,6 +105,7 @@ def test_flags_before_the_dashes_are_ours() -> None:
     [
         (SVDConfig(svd_adapter="reregister"), "stacked state"),
         (SVDConfig(svd_protect="activation"), "reference set"),
+        (SVDConfig(svd_on_alarm="lr", svd_probe_rows=8), "--svd-on-alarm, --svd-probe-rows: there is no alarm here"),
     ],
 )
 def test_settings_that_cannot_work_here(svd: SVDConfig, said: str) -> None:
