@@ -32,7 +32,7 @@ def test_both_forms_are_known(tmp_path: Path, form: str, name: str) -> None:
             "load_checkpoint(where,",
             "checkpoint_dir",
         ),
-        ("nanochat/common.py", "def finish", "def done", "finish"),
+        ("nanochat/common.py", "def finish", "def done", "nanochat.common.DummyWandb: no attribute 'finish'"),
         ("wandb.py", "def init", "def start", "init"),
         ("nanochat/common.py", "class DummyWandb", "import no_such_package\nclass DummyWandb", "no_such_package"),
     ],
