@@ -156,6 +156,18 @@ def test_a_sidecar_of_other_weights_is_refused(
     assert "other svd_targets" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 not all of it", b"no archive"])
+def test_a_damaged_sidecar_is_refused_by_name(
+    content: bytes, checkout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    patched(checkout, tmp_path, SWITCH, num_iterations=5)
+    (tmp_path / "svd_000005.pt").write_bytes(content)
+    with pytest.raises(SystemExit) as stop:
+        patched(checkout, tmp_path, SWITCH, num_iterations=6, resume_from_step=5)
+    assert stop.value.code == 2
+    assert "svd_000005.pt cannot be read, it is damaged; delete it" in capsys.readouterr().err
+
+
 def test_fp8_is_watched_and_not_switched(checkout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         patched(checkout, tmp_path, SWITCH, fp8=1)
