@@ -181,7 +181,9 @@ def _import(name: str) -> ModuleType:
 
 def _attribute(owner: Any, name: str) -> Any:
     if not hasattr(owner, name):
-        raise UnsupportedNanochat(f"{getattr(owner, '__module__', '') or owner.__name__}: no attribute {name!r}")
+        holder = owner if isinstance(owner, (ModuleType, type)) else type(owner)
+        where = holder.__name__ if isinstance(holder, ModuleType) else f"{holder.__module__}.{holder.__qualname__}"
+        raise UnsupportedNanochat(f"{where}: no attribute {name!r}")
     return getattr(owner, name)
 
 

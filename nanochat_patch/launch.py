@@ -6,7 +6,7 @@ import os
 import runpy
 import sys
 
-from nanochat_patch.compat import enter_checkout, find_surface
+from nanochat_patch.compat import UnsupportedNanochat, enter_checkout, find_surface
 from nanochat_patch.options import Options
 from nanochat_patch.patches import install
 from nanochat_patch.session import Session
@@ -16,6 +16,8 @@ def prepare(options: Options) -> Session:
     """Enter the checkout and wrap what is wrapped. Raises UnsupportedNanochat."""
     # Before the directory changes: paths are relative to where the user is.
     checkout, session = options.checkout, Session(options)
+    if not checkout.is_dir():
+        raise UnsupportedNanochat(f"--nanochat {checkout}: no such directory")
     os.chdir(checkout)
     enter_checkout(checkout, options.launch.script)
     install(find_surface(), session)

@@ -13,6 +13,12 @@ from typing import Literal
 from svdtrain.config import SVDConfig
 
 ATTENTION = "attention"  # the mixer that nanochat has already
+WITHOUT_EFFECT = (
+    "on_alarm", "alarm_lr", "alarm_rank", "alarm_nats", "alarm_z", "alarm_patience", "interference_every",
+    "replay_share", "reference_rows", "probe_rows",
+)  # fmt: skip
+"""Settings of the alarm and of what it is told by, which our own trainer has and nanochat's script does not."""
+_DEFAULTS = dataclasses.asdict(SVDConfig())
 RankCheck = Literal["off", "warn", "stop"]
 Script = Literal["base_train", "mid_train", "chat_sft", "base_eval", "chat_eval", "chat_cli"]
 
@@ -98,6 +104,17 @@ class Options:
                 "does not collect; use minor or core, or svdtrain's own trainer"
             )
 
+        idle = [
+            name
+            for name in (f"svd_{n}" for n in WITHOUT_EFFECT)
+            if getattr(self.svd, name) not in (_DEFAULTS[name], "none", 0)
+        ]
+        if idle:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+            raise ValueError(
+                f"{flags}: there is no alarm here, which needs first-seen text; use svdtrain's own trainer"
+            )
+
     @property
     def checkout(self) -> Path:
         """Absolute directory of the checkout."""
@@ -122,7 +139,12 @@ def parse(argv: Sequence[str]) -> Options:
         "Flags",
         [(name, kind, field(default_factory=kind)) for name, kind in groups.items()],
     )
-    flags = read_flags(flags_class, ours, program="nanochat_patch", description=DESCRIPTION)
+    try:
+        flags = read_flags(flags_class, ours, program="nanochat_patch", description=DESCRIPTION)
+    except ValueError as error:
+        if "--" not in argv and "Unrecognized" in str(error):
+            raise ValueError(f"{error} (flags of nanochat's own script stand behind ` -- `)") from error
+        raise
     return Options(launch=flags.launch, svd=flags.svd, mixer=flags.mixer, base_train=tuple(theirs))
 
 

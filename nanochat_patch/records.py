@@ -7,6 +7,7 @@ line is read one step later, when it is long on the CPU: a record costs no synch
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,6 +53,17 @@ class RunRecords:
     def holds_a_run(self) -> bool:
         """Whether an earlier process wrote records here."""
         return self._run.metrics_path.exists()
+
+    def check_writable(self) -> None:
+        """Raises ValueError before any training where the run directory cannot be made."""
+        if not self._writable:
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--run-dir {self.path} cannot be written: {error.strerror}") from error
+        if not os.access(self.path, os.W_OK):
+            raise ValueError(f"--run-dir {self.path} cannot be written: no permission")
 
     def step_begins(self) -> None:
         """nanochat is about to step its optimizer: what it knows of the step before is complete."""

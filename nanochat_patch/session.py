@@ -65,6 +65,9 @@ class Session:
         self.svd = self._attach(model, optimizer, shielded=distributed or len(optimizers) > 1, average=distributed)
         optimizer.register_step_post_hook(self._after_step)
         self._restore(self.svd)
+        self.records.check_writable()
+        doing = f"watching {len(self.svd.targets)} matrices" if self.svd.watching else "watching nothing"
+        _say(f"{doing}; run directory {self.records.path}")
 
     def checkpoint_saved(self, checkpoint_dir: str, step: int) -> None:
         """nanochat saves a checkpoint: ours goes beside it, from one rank, as all hold the same."""
@@ -77,7 +80,7 @@ class Session:
         self, model: nn.Module, optimizer: torch.optim.Optimizer, *, shielded: bool, average: bool
     ) -> AttachedSVD:
         """Hooks run in the order of registration: the shield's lie around those of `attach`."""
-        shield = GradientShield({}, self._analyses_this_step)
+        shield = GradientShield({}, self._looks_at_gradients)
         if shielded:
             optimizer.register_step_pre_hook(shield.enter)
             optimizer.register_step_post_hook(shield.show)
@@ -87,9 +90,13 @@ class Session:
             shield.targets = {name: target.W for name, target in svd.targets.items()}
         return svd
 
-    def _analyses_this_step(self) -> bool:
-        assert self.svd is not None
-        return self.svd.watching and self.svd.step % self.svd.config.svd_interval == 0
+    def _looks_at_gradients(self) -> bool:
+        """The tracked engine looks between decisions, too: at every step, or where `attach` averages for it."""
+        svd = self.svd
+        assert svd is not None
+        if svd.config.svd_engine == "exact":
+            return svd.watching and svd.step % svd.config.svd_interval == 0
+        return svd.watching and svd.gradients_agree(svd.step)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self.records.step_begins()

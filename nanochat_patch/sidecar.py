@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import pickle
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -50,7 +51,7 @@ def load(svd: AttachedSVD, checkpoint_dir: str | Path, step: int) -> bool:
     if not path.exists():
         return False
     device = next(iter(svd.targets.values())).W.device
-    state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+    state = _read(path, device)
     try:
         svd.load_state_dict(state)
     except ValueError as error:
@@ -63,6 +64,13 @@ def load(svd: AttachedSVD, checkpoint_dir: str | Path, step: int) -> bool:
                 "another run under the same tag; delete it to resume in full mode"
             )
     return True
+
+
+def _read(path: Path, device: Any, **options: Any) -> dict[str, Any]:
+    try:
+        return torch.load(path, map_location=device, weights_only=True, **options)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise SidecarError(f"{path} cannot be read, it is damaged; delete it to resume in full mode") from error
 
 
 def check_mixers(names: Iterable[str], config: MixerConfig, checkpoint_dir: str | Path, step: int) -> None:
@@ -86,5 +94,5 @@ def check_mixers(names: Iterable[str], config: MixerConfig, checkpoint_dir: str 
 def _trained_with(path: Path) -> tuple[str | None, str]:
     if not path.exists():
         return None, ""
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    state = _read(path, "cpu", mmap=True)
     return state.get("mixer", ATTENTION), state.get("mixer_pattern", "M")

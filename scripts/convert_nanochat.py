@@ -30,13 +30,15 @@ def to_nanochat(arguments: argparse.Namespace) -> None:
     """Our run -> base_checkpoints/<tag>, and the tokenizer if it is given."""
     tokenizer = Tokenizer.load(arguments.tokenizer) if arguments.tokenizer else None
     read = weights.read_run(Path(arguments.run), arguments.step, tokenizer)
-    print(weights.write_nanochat(read, base_dir() / "base_checkpoints" / arguments.tag))
+    directory, checkpoints = base_dir() / "tokenizer", base_dir() / "base_checkpoints" / arguments.tag
+    if any(checkpoints.glob("model_*.pt")):
+        raise weights.ConversionError(f"{checkpoints} holds a model already; choose another --tag")
+    if tokenizer is not None and directory.exists() and not arguments.replace_tokenizer:
+        raise weights.ConversionError(f"{directory} exists; add --replace-tokenizer to write over it")
+    print(weights.write_nanochat(read, checkpoints))
     if tokenizer is None:
         print("no --tokenizer: nanochat will use the one that is in its base directory", file=sys.stderr)
         return
-    directory = base_dir() / "tokenizer"
-    if directory.exists() and not arguments.replace_tokenizer:
-        raise weights.ConversionError(f"{directory} exists; add --replace-tokenizer to write over it")
     weights.write_nanochat_tokenizer(tokenizer, directory)
     print(directory)
 
@@ -45,6 +47,8 @@ def from_nanochat(arguments: argparse.Namespace) -> None:
     """base_checkpoints/<tag> -> a run directory, with the tokenizer as tokenizer.json."""
     read = weights.read_nanochat(base_dir() / "base_checkpoints" / arguments.tag, arguments.step)
     out = Path(arguments.out)
+    if (out / "config.json").exists():
+        raise weights.ConversionError(f"{out} holds a run already; choose another --out")
     print(weights.write_run(read, out))
     if (base_dir() / "tokenizer" / "tokenizer.pkl").exists():
         weights.read_nanochat_tokenizer(base_dir() / "tokenizer").save(out / "tokenizer.json")

@@ -121,8 +121,8 @@ class RunView:
         for events in (self.switches, self.alerts):
             while events and events[-1].get("step", 0) > step:
                 dropped = events.pop()
-                if "layer" in dropped:
-                    self.switch_counts[dropped["layer"]] -= 1
+                if events is self.switches:
+                    self.switch_counts[str(dropped.get("layer", "?"))] -= dropped.get("change") != "rank"
         while self.bad_steps and self.bad_steps[-1] > step:
             self.bad_steps.pop()
         self._seen = {key: min(last, step) for key, last in self._seen.items()}

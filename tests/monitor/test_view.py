@@ -91,6 +91,14 @@ def test_a_restart_takes_back_what_came_after_its_step() -> None:
     assert view.step == 15
 
 
+def test_a_restart_takes_back_switches_and_not_what_never_counted_as_one() -> None:
+    view = view_of(
+        record("start", 0), switch(4, "a"), switch(12, "a", "rank"), switch(14, "a", "to_full"),
+        record("alert", 15, rule="svd", layer="a"), record("resume", 10, restart=1),
+    )  # fmt: skip
+    assert view.switch_counts["a"] == 1
+
+
 def test_late_records_of_the_older_process_do_not_count() -> None:
     view = view_of(
         record("start", 0), train(1), record("resume", 1, restart=1), train(2, 5.0, restart=1), train(2, 9.0)

@@ -32,7 +32,7 @@ def test_both_forms_are_known(tmp_path: Path, form: str, name: str) -> None:
             "load_checkpoint(where,",
             "checkpoint_dir",
         ),
-        ("nanochat/common.py", "def finish", "def done", "finish"),
+        ("nanochat/common.py", "def finish", "def done", "nanochat.common.DummyWandb: no attribute 'finish'"),
         ("wandb.py", "def init", "def start", "init"),
         ("nanochat/common.py", "class DummyWandb", "import no_such_package\nclass DummyWandb", "no_such_package"),
     ],
@@ -48,6 +48,18 @@ def test_what_is_missing_is_named(tmp_path: Path, file: str, old: str, new: str,
         enter_checkout(path)
         with pytest.raises(UnsupportedNanochat, match=named):
             find_surface()
+
+
+@pytest.mark.parametrize("name", ["none", "file"])
+def test_no_directory_at_all(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(sys, "argv", ["nanochat_patch", "--nanochat", str(tmp_path / name)])
+    with undone(), pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"nanochat_patch: error: --nanochat {tmp_path / name}: no such directory\n"
 
 
 def test_a_directory_that_is_no_checkout(tmp_path: Path) -> None:
@@ -93,6 +105,7 @@ def test_flags_before_the_dashes_are_ours() -> None:
     [
         (SVDConfig(svd_adapter="reregister"), "stacked state"),
         (SVDConfig(svd_protect="activation"), "reference set"),
+        (SVDConfig(svd_on_alarm="lr", svd_probe_rows=8), "--svd-on-alarm, --svd-probe-rows: there is no alarm here"),
     ],
 )
 def test_settings_that_cannot_work_here(svd: SVDConfig, said: str) -> None:
@@ -111,7 +124,7 @@ def test_the_checkout_must_be_named() -> None:
         (["--svd-intervall", "5"], "Perhaps you meant: svd-interval"),
         (["--svd-interval", "often"], "--svd-interval: invalid literal"),
         (["--script", "chat_rl"], "invalid choice 'chat_rl' for argument '--script'"),
-        (["--depth=4"], "Unrecognized options: --depth=4"),  # nanochat's own, in front of the dashes
+        (["--depth=4"], "Unrecognized options: --depth=4 (flags of nanochat's own script stand behind ` -- `)"),
         (["--mixer", "nonsense"], "unknown mixer 'nonsense'"),
     ],
 )

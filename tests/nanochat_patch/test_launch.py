@@ -1,5 +1,6 @@
 """The launcher on a fake of the touched surface: both forms, records, sidecars, refusals."""
 
+import dataclasses
 import runpy
 import sys
 from pathlib import Path
@@ -59,38 +60,31 @@ def test_watching_changes_no_bit(checkout: Path, tmp_path: Path) -> None:
     assert session.svd.step == 6
 
 
-def test_analyses_see_the_gradient_and_not_what_the_host_makes_of_it(checkout: Path, tmp_path: Path) -> None:
-    seen: dict[str, Any] = {}
+@pytest.mark.parametrize("engine", ["tracked", "exact"])
+def test_analyses_see_the_gradient_and_not_what_the_host_makes_of_it(
+    engine: str, checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tracked engine looks at every step, and decides from the look before the decision."""
+    before: dict[str, torch.Tensor] = {}
+    seen: list[int] = []
 
     class Watching(Session):
+        def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+            super()._before_step(optimizer, args, kwargs)
+            if self.svd is not None:  # the first hook of all: the gradients are as the backward pass left them
+                before.update({name: t.W.grad.clone() for name, t in self.svd.targets.items()})
+
         def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
             assert self.svd is not None
-            if self.svd.step == 1:
-                seen.update({name: t.W.grad.clone() for name, t in self.svd.targets.items() if t.W.grad is not None})
+            step = self.svd.step - 1
+            if engine == "tracked" or step % WATCH.svd_interval == 0:
+                assert all(torch.equal(before[name], t.W.grad) for name, t in self.svd.targets.items()), step
+                seen.append(step)
             super()._after_step(optimizer, args, kwargs)
 
-    with undone():
-        import nanochat_patch.launch as launch
-
-        original, launch.Session = launch.Session, Watching
-        try:
-            where = Launch(nanochat=str(checkout), run_dir=str(tmp_path / "run"))
-            flags = (f"--out={tmp_path / 'run'}", "--num_iterations=1")
-            run_script(launch.prepare(Options(launch=where, svd=WATCH, base_train=flags)))
-        finally:
-            launch.Session = original
-    with undone():
-        sys.path.insert(0, str(checkout))
-        from nanochat.gpt import GPT  # type: ignore[import-not-found]
-
-        torch.manual_seed(42)
-        model = GPT()
-        model.init_weights()
-        x = torch.randn(4, 8, 24, generator=torch.Generator().manual_seed(0))
-        target = torch.randn(24, 24, generator=torch.Generator().manual_seed(0))
-        (model(x) - x @ target).square().mean().backward()
-    for name, p in model.transformer["h"].named_parameters():
-        assert torch.equal(seen[f"h.{name.removesuffix('.weight')}"], p.grad)
+    monkeypatch.setattr("nanochat_patch.launch.Session", Watching)
+    patched(checkout, tmp_path, dataclasses.replace(WATCH, svd_engine=engine))
+    assert seen == ([0, 1, 2, 3, 4, 5] if engine == "tracked" else [0, 2, 4])
 
 
 def test_paths_are_relative_to_where_it_is_started(
@@ -162,6 +156,18 @@ def test_a_sidecar_of_other_weights_is_refused(
     assert "other svd_targets" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 not all of it", b"no archive"])
+def test_a_damaged_sidecar_is_refused_by_name(
+    content: bytes, checkout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    patched(checkout, tmp_path, SWITCH, num_iterations=5)
+    (tmp_path / "svd_000005.pt").write_bytes(content)
+    with pytest.raises(SystemExit) as stop:
+        patched(checkout, tmp_path, SWITCH, num_iterations=6, resume_from_step=5)
+    assert stop.value.code == 2
+    assert "svd_000005.pt cannot be read, it is damaged; delete it" in capsys.readouterr().err
+
+
 def test_fp8_is_watched_and_not_switched(checkout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         patched(checkout, tmp_path, SWITCH, fp8=1)
@@ -186,6 +192,26 @@ def test_a_second_run_does_not_land_in_the_first(
         patched(checkout, tmp_path, WATCH, num_iterations=1)
     assert "already holds a run" in capsys.readouterr().err
     assert len(records(tmp_path / "run", "train")) == 1
+
+
+def test_it_says_what_it_watches_and_where_the_records_go(
+    checkout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    session = patched(checkout, tmp_path, WATCH, num_iterations=1)
+    assert session.svd is not None
+    lines = capsys.readouterr().out.splitlines()
+    assert f"svd | watching {len(session.svd.targets)} matrices; run directory {tmp_path / 'run'}" in lines
+
+
+def test_a_run_directory_that_cannot_be_made_is_refused_before_training(
+    checkout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as stop:
+        patched(checkout, tmp_path / "out", WATCH, tmp_path / "file" / "run")
+    assert stop.value.code == 2
+    assert "cannot be written: Not a directory" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_a_real_wandb_run_is_mirrored(checkout: Path, tmp_path: Path) -> None:

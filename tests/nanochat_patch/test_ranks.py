@@ -43,7 +43,8 @@ class Averaging(torch.optim.SGD):
 
 
 class Dealing(Averaging):
-    """Has each parameter stepped by one rank, which alone keeps its state, as nanochat of 2025 does."""
+    """Has each parameter stepped by one rank, which alone keeps its state and mixes it into p.grad, as nanochat of 2025
+    does."""
 
     def deal(self) -> None:  # not in `step`: torch would run the hooks of both classes' steps
         for number, p in enumerate(p for group in self.param_groups for p in group["params"]):
@@ -51,6 +52,8 @@ class Dealing(Averaging):
             dist.broadcast(p.data, src=owner)
             if owner != dist.get_rank():
                 del self.state[p]
+            else:
+                p.grad.lerp_(self.state[p]["momentum_buffer"], 0.9)
 
 
 class Net(nn.Module):
@@ -88,7 +91,7 @@ def train(
             model.head.weight.data[3, 3] += 1e-6
         optimizer.zero_grad()
     if session is not None and session.svd is not None:
-        changes = [str(change) for change in session.svd.changes]
+        changes = [str(change) for change in session.svd.changes] + [str(session.svd.metrics())]
         session.records.end("finished")
     return model, changes
 
@@ -107,6 +110,7 @@ def worker(rank: int, directory: str) -> None:
         dealt, changes = train(CASES["switching"], rank, f"{directory}/dealt", host=Dealing)
         assert any("low-rank" in change for change in changes)
         assert ranks.differing(dict(dealt.named_parameters())) == []
+        torch.save(changes, f"{directory}/dealt-{rank}.pt")
         torn, _ = train(CASES["watched"], rank, f"{directory}/torn", tear=True)
         assert ranks.differing(dict(torn.named_parameters())) == ["head.weight"]
     finally:
@@ -122,6 +126,7 @@ def test_two_ranks(tmp_path: Path) -> None:
     for name, value in saved["alone"][0][0].items():
         assert torch.equal(value, saved["watched"][0][0][name]), name
     assert saved["switching"][0][1] == saved["switching"][1][1]
+    assert torch.load(tmp_path / "dealt-0.pt") == torch.load(tmp_path / "dealt-1.pt")
     assert any("low-rank" in change for change in saved["switching"][0][1])
     for name, value in saved["switching"][0][0].items():
         assert torch.equal(value, saved["switching"][1][0][name]), name

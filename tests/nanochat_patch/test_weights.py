@@ -70,7 +70,13 @@ def test_a_run_there_and_back(
     assert Tokenizer.load(tmp_path / "again/tokenizer.json").fingerprint() == Tokenizer.byte_level().fingerprint()
     capsys.readouterr()
     assert convert(*there) == 2
+    assert "d1 holds a model already; choose another --tag" in capsys.readouterr().err
+    assert convert("from-nanochat", "d1", "--out", run) == 2
+    assert "run holds a run already; choose another --out" in capsys.readouterr().err
+    assert json.loads((run / "config.json").read_text()) == json.loads(json.dumps(config.to_dict()))
+    assert convert(*there[:3], "other", *there[4:]) == 2
     assert "--replace-tokenizer" in capsys.readouterr().err
+    assert not (tmp_path / "base/base_checkpoints/other").exists()
 
 
 def saved_nanochat(tmp_path: Path, tensors: dict[str, torch.Tensor], config: GPTConfig) -> Path:
