@@ -101,6 +101,7 @@ class Transitions:
     def _to_lowrank(self, moves: Sequence[Move]) -> None:
         """Full -> low-rank. The switching step has been taken; the next one trains in part only."""
         forms = [self._form(move) for move in moves]  # all of them before any target changes
+        _warn_of_zeros(moves, forms)
         for move in moves:
             _log_counts("before the switch to low-rank", move.target)
         for move, form in zip(moves, forms, strict=True):
@@ -122,13 +123,7 @@ class Transitions:
         assert move.r is not None
         if protect == "core":
             return UpdateGuard.core(W, decomposition, move.r)
-        factors = FactoredWeight.split(W, decomposition, move.r, protect)
-        if not bool(factors.B.detach().any()):
-            logger.warning(
-                "%s: the %d directions to train are exactly zero, and so are B and A and their gradients: it stands "
-                "still until it is switched back", move.target.name, move.r,
-            )  # fmt: skip
-        return factors
+        return FactoredWeight.split(W, decomposition, move.r, protect)
 
     def _refactor(self, moves: Sequence[Move]) -> None:
         """Recompute everything from the current W."""
@@ -165,6 +160,18 @@ class Transitions:
         config = self._config
         C = self.references[target.name]
         return UpdateGuard.activation(target.W, C, config.svd_protect_share, config.svd_protect_strength)
+
+
+def _warn_of_zeros(moves: Sequence[Move], forms: Sequence[FactoredWeight | UpdateGuard]) -> None:
+    """Read from the device once for all."""
+    split = [(move, form.B) for move, form in zip(moves, forms, strict=True) if isinstance(form, FactoredWeight)]
+    moving = torch.stack([B.detach().any() for _, B in split]).tolist() if split else []
+    for (move, _), moves_on in zip(split, moving, strict=True):
+        if not moves_on:
+            logger.warning(
+                "%s: the %d directions to train are exactly zero, and so are B and A and their gradients: it stands "
+                "still until it is switched back", move.target.name, move.r,
+            )  # fmt: skip
 
 
 def _note_drift(moves: Sequence[Move]) -> None:

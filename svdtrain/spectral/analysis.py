@@ -38,6 +38,8 @@ class Part:
     """Columns of each old basis that are there; zeros follow."""
     wanted: list[int]
     """k that the new basis is for."""
+    usual: bool
+    """Whether squares of all weights stay inside the number range, as those of trained ones do."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +105,7 @@ def _analyse(part: Part, rows: list[int], skipped: bool, job: Job) -> dict[str, 
     old = _pick(part.old, rows)
     dtype = _work_dtype(part.old.S)
     W = _take(part.W, rows).to(dtype)
-    norm = frobenius_norm(W)
+    norm = frobenius_norm(W, usual=part.usual)
     work = Basis(*(t.to(dtype) for t in (old.U, old.S, old.V, old.spectrum)))
     new, residual, staleness, ok = (
         _keep(W, work, _take(part.cut, rows)) if skipped else _iterate(part, rows, W, norm, work, job)
@@ -172,7 +174,9 @@ def _iterate(
     wanted, known = ([values[rows[j]] for j in warm] for values in (part.wanted, part.filled))
     if any(k > columns for k, columns in zip(wanted, known, strict=True)):
         cut = torch.tensor(wanted, device=W.device)
-    X, S, unit = _in_unit(_take(W, warm), base.S, _take(norm, warm))
+    X, S, unit = _take(W, warm), base.S, 1.0
+    if not part.usual:
+        X, S, unit = _in_unit(X, S, _take(norm, warm))
     result = warm_steps(
         X, base.U, S, base.V, way=_ritz_way(job.ritz, base.S), cut=cut,
         tolerance=job.residual_tolerance, max_iterations=job.max_iterations,
@@ -189,13 +193,9 @@ def _iterate(
     return Basis(*merged), residual, staleness, ok
 
 
-def _in_unit(W: Tensor, S: Tensor, norm: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
-    """W and S in units in which squares stay inside the number range, and those units [b, 1]; the tensors themselves
-    where they do already, as those of weights do."""
-    sound = (norm > 0) & norm.isfinite()
-    if bool((~sound | ((norm > 1e-8) & (norm < 1e8))).all()):
-        return W, S, 1.0
-    unit = torch.where(sound, norm, 1.0).log2().floor().exp2().to(S.dtype).unsqueeze(-1)
+def _in_unit(W: Tensor, S: Tensor, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """W and S in units in which squares stay inside the number range, and those units [b, 1]."""
+    unit = torch.where((norm > 0) & norm.isfinite(), norm, 1.0).log2().floor().exp2().to(S.dtype).unsqueeze(-1)
     return W / unit.unsqueeze(-1), S / unit, unit
 
 

@@ -159,13 +159,11 @@ class Basis:
     spectrum: Tensor
 
 
-def frobenius_norm(X: Tensor) -> Tensor:
-    """||X||_F of X [b, m, n], float64 [b], for entries of any size."""
-    if not X.is_cuda or X.dtype == torch.float64:
-        norm = torch.linalg.vector_norm(X, dim=(-2, -1)).double()
-        # Squares of tiny entries sum to zero, so zero has to be looked at again.
-        if X.dtype == torch.float64 or bool(((norm > 1e-15) & (norm < 1e15)).all()):
-            return norm
+def frobenius_norm(X: Tensor, *, usual: bool) -> Tensor:
+    """||X||_F of X [b, m, n], float64 [b], for entries of any size; at once where it is `usual`, its squares being
+    known to stay inside the number range."""
+    if usual or X.dtype == torch.float64:
+        return torch.linalg.vector_norm(X, dim=(-2, -1)).double()
     unit = torch.linalg.vector_norm(X, math.inf, dim=(-2, -1)).clamp_min(torch.finfo(X.dtype).tiny)
     return torch.linalg.vector_norm(X / unit[:, None, None], dim=(-2, -1)).double() * unit.double()
 

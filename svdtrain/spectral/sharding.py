@@ -23,7 +23,7 @@ def own_part(part: Part, indices: list[int], group: Any) -> Part | None:
         names=[part.names[j] for j in mine], W=part.W[mine], reference=part.reference[mine], old=old,
         cut=part.cut[mine], max_cut=part.max_cut,
         exact=[part.exact[j] for j in mine], first=[part.first[j] for j in mine],
-        filled=[part.filled[j] for j in mine], wanted=[part.wanted[j] for j in mine],
+        filled=[part.filled[j] for j in mine], wanted=[part.wanted[j] for j in mine], usual=part.usual,
     )  # fmt: skip
 
 

@@ -35,6 +35,11 @@ class Row:
         """k as far as the stored basis reaches."""
         return min(self.cut, self.filled)
 
+    @property
+    def usual(self) -> bool:
+        """Whether squares stay inside the number range, by the last analysis: many orders of magnitude between."""
+        return self.host_spectrum is not None and 1e-8 < float(self.host_spectrum[0]) < 1e8
+
 
 class Bucket:
     """Stacks of one shape and width: U [rows, m, width] and so on. Row i belongs to names[i]."""

@@ -289,6 +289,7 @@ class SubspaceTracker:
             first=[not row.valid for row in host],
             filled=[row.filled for row in host],
             wanted=[min(row.cut, bucket.width) for row in host],
+            usual=all(row.usual for row in host),
         )
 
     def _exact_now(self, names: list[str]) -> list[bool]:
