@@ -94,7 +94,11 @@ def _spread(values: Sequence[float], format: str) -> str:
     """Mean, and where they differ the smallest and the largest."""
     if not values:
         return "-"
-    mean, low, high = (f"{v:{format}}" for v in (statistics.mean(values), min(values), max(values)))
+    # round and + 0.0: otherwise a mean of -.2 steps would read -0
+    mean, low, high = (
+        f"{(round(v) if '.0f' in format else v) + 0.0:{format}}"
+        for v in (statistics.mean(values), min(values), max(values))
+    )
     return mean if low == high else f"{mean} ({low} to {high})"
 
 
