@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -174,14 +174,10 @@ def _iterate(
     wanted, known = ([values[rows[j]] for j in warm] for values in (part.wanted, part.filled))
     if any(k > columns for k, columns in zip(wanted, known, strict=True)):
         cut = torch.tensor(wanted, device=W.device)
-    X, S, unit = _take(W, warm), base.S, 1.0
-    if not part.usual:
-        X, S, unit = _in_unit(X, S, _take(norm, warm))
     result = warm_steps(
-        X, base.U, S, base.V, way=_ritz_way(job.ritz, base.S), cut=cut,
+        _take(W, warm), base.U, base.S, base.V, way=_ritz_way(job.ritz, base.S), cut=cut,
         tolerance=job.residual_tolerance, max_iterations=job.max_iterations,
     )  # fmt: skip
-    result = replace(result, S=result.S * unit)
     spectrum = updated_spectrum(result.S, base.spectrum, _take(norm, warm))
     if len(warm) == len(rows):
         return Basis(result.U, result.S, result.V, spectrum), result.residual, result.staleness, result.ok
@@ -191,12 +187,6 @@ def _iterate(
     for target, source in zip(merged, (result.U, result.S, result.V, spectrum), strict=True):
         target[warm] = source
     return Basis(*merged), residual, staleness, ok
-
-
-def _in_unit(W: Tensor, S: Tensor, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """W and S in units in which squares stay inside the number range, and those units [b, 1]."""
-    unit = torch.where((norm > 0) & norm.isfinite(), norm, 1.0).log2().floor().exp2().to(S.dtype).unsqueeze(-1)
-    return W / unit.unsqueeze(-1), S / unit, unit
 
 
 def _filled(basis: Basis, filled: list[int]) -> Basis:

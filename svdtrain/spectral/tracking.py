@@ -293,10 +293,13 @@ class SubspaceTracker:
         )
 
     def _exact_now(self, names: list[str]) -> list[bool]:
-        """Which are to be exact. A GPU decomposes many in little more than the time of one: those that would be due
-        before long join."""
+        """Which are to be exact; those of unusual size, zero above all, always are. A GPU decomposes many in little
+        more than the time of one: those that would be due before long join."""
         rows, limit = [self._store.rows[name] for name in names], self.settings.exact_every
-        due = [r.exact_next or r.age + 1 >= limit or self._store.too_wide(n) for n, r in zip(names, rows, strict=True)]
+        due = [
+            row.exact_next or row.age + 1 >= limit or not row.usual or self._store.too_wide(name)
+            for name, row in zip(names, rows, strict=True)
+        ]
         if self._together and any(due):
             due = [is_due or row.age + 1 >= limit // 2 for is_due, row in zip(due, rows, strict=True)]
         return due
