@@ -5,8 +5,8 @@
 
 * monitoring: blocks of steps with and without it take turns; the cost is the difference of their mean step times.
 * host syncs: what torch's debug mode counts in the training thread during a step with monitoring against one without.
-* switching: every watched matrix enters low-rank mode in one step (stall), is recomputed while it stays there
-  (amortised over the steps between two recomputations), and goes back; and how much of it is exact decompositions.
+* switching: every watched matrix enters low-rank mode in one step (stall), is recomputed while it stays there,
+  and goes back (each amortised over the steps until it can come again); and how much of it is exact decompositions.
 * recompiles: graphs of the compiled model before and after at least 100 switches and rank changes.
 * memory: bytes added for several r/g, by kind.
 """
@@ -188,12 +188,13 @@ def timed_decompositions(bench: Bench) -> Iterator[list[float]]:
 def bench_switching(bench: Bench) -> None:
     """All watched matrices in one step to low-rank, then recomputed as often as they are when they stay, then back."""
     interval, every, num = bench.arguments.interval, bench.svd.config.recompute_every, len(bench.svd.targets)
+    dwell = max(1, bench.svd.config.svd_min_dwell)  # decisions before a matrix may switch again
     events = (
-        ("all to low-rank in one step: stall", 1, lambda step, lowrank, r: (True, max(8, r * 3 // 4))),
-        (f"all recomputed, once in {every} decisions: stall", every, lambda step, lowrank, r: (True, r)),
-        ("all back to full in one step", 1, lambda step, lowrank, r: (False, r)),
+        ("all to low-rank in one step: stall", 1, dwell, lambda step, lowrank, r: (True, max(8, r * 3 // 4))),
+        (f"all recomputed, once in {every} decisions: stall", every, every, lambda step, lowrank, r: (True, r)),
+        ("all back to full in one step", 1, dwell, lambda step, lowrank, r: (False, r)),
     )
-    for name, decisions, choose in events:
+    for name, decisions, until_next, choose in events:
         with decided(choose), timed_decompositions(bench) as decompositions:
             times = []
             while not times or bench.step % interval or len(times) <= (decisions - 1) * interval:
@@ -207,7 +208,8 @@ def bench_switching(bench: Bench) -> None:
         bench.row(name, sum(stalls) / 1e3, "s", f"{num} matrices, {sum(stalls) / num:.1f} ms each")
         bench.row("  of it exact decompositions", sum(decompositions), "ms")
         bench.row("  of it everything else", sum(stalls) - sum(decompositions), "ms")
-        bench.row("  amortised over the steps from one to the next", sum(stalls) / (decisions * interval), "ms/step")
+        per_step = sum(stalls) / (until_next * interval)
+        bench.row("  amortised until the next can come", per_step, "ms/step", f"{until_next} decisions later")
 
 
 def bench_recompiles(bench: Bench) -> None:

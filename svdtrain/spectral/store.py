@@ -194,9 +194,10 @@ class BasisStore:
                 getattr(bucket, field)[i].copy_(values[field])
             bucket.participation[:, i].copy_(values["participation"])
             bucket.looks = list(values["looks"])
-            self.rows[name] = Row(
-                self.rows[name].index, **{k: values[k] for k in vars(self.rows[name]) if k != "index"}
-            )
+            row = Row(self.rows[name].index, **{k: values[k] for k in vars(self.rows[name]) if k != "index"})
+            if row.host_spectrum is not None:  # a state that was read onto a GPU
+                row.host_spectrum = row.host_spectrum.cpu()
+            self.rows[name] = row
         self.refresh_masks()
 
     def _width(self, name: str) -> int:
