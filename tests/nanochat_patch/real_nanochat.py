@@ -142,4 +142,4 @@ def make_bundle(path: Path, texts: list[str]) -> Path:
 
 SWITCHING = ["--svd-rule", "original", "--svd-warmup", "3", "--svd-interval", "3"]
 """Settings under which these tiny models switch every attention matrix within SWITCHED_STEPS."""
-SWITCHED_STEPS = 60
+SWITCHED_STEPS = 120

@@ -25,11 +25,11 @@ def test_inside_its_model(nanochat: Nanochat, mixer: str, pattern: str) -> None:
 def test_it_trains_switches_and_samples(nanochat: Nanochat, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     printed = nanochat.train_patched(
-        run_dir, [*ALL, *SWITCHING], num_iterations=30, eval_every=30, model_tag="mixed"
+        run_dir, [*ALL, *SWITCHING], num_iterations=60, eval_every=60, model_tag="mixed"
     )  # fmt: skip
     assert "The planets of the solar system are" in printed
     losses = [record["train/loss"] for record in records(run_dir, "train")]
-    assert len(losses) == 30
+    assert len(losses) == 60
     assert losses[-1] < losses[0] - 0.05
     before, after = (record["val/bpb"] for record in records(run_dir, "eval"))
     assert after < before
