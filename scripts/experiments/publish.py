@@ -40,6 +40,8 @@ def main() -> int:
         if path.exists():
             content = json.loads(path.read_text())
             sections.append(write(content["rows"], content.get("command", "")))
+            if "note" in content:  # what the rows themselves cannot say
+                sections.append(content["note"] + "\n")
     for name, describe in COSTS.items():
         if (RESULTS / f"{name}.json").exists():
             sections.append(describe(json.loads((RESULTS / f"{name}.json").read_text())))

@@ -103,17 +103,22 @@ def _spread(values: Sequence[float], format: str) -> str:
 
 
 def draw_shift(rows: list[Row], axes: Any) -> None:
-    """Forgetting of A over the loss on B, each pair centred on its plain run, so that pairs lie on each other."""
+    """Forgetting of A over the loss on B, each pair centred on its plain run. Plain training at several learning rates
+    is a grey line for each pair; an arm has its colour, an order of the texts its marker."""
     base = {(row["order"], row["seed"]): row for row in rows if row["arm"] == WATCHED}
-    for name, group in by_arm(rows).items():
-        points = [
-            (row["loss_b"] - base[row["order"], row["seed"]]["loss_b"],
-             row["forgetting"] - base[row["order"], row["seed"]]["forgetting"])
-            for row in group
-        ]  # fmt: skip
-        plain = name.startswith("plain")
-        axes.plot(*zip(*points, strict=True), "x" if plain else "o", color="grey" if plain else None, markersize=5,
-                  label=name)  # fmt: skip
-    axes.set_xlabel("loss on B, minus that of plain training")
+    orders = sorted({row["order"] for row in rows})
+    names = [name for name in by_arm(rows) if not name.startswith("plain")]
+    for place, (pair, origin) in enumerate(base.items()):
+        plain, others = [], []
+        for row in (row for row in rows if (row["order"], row["seed"]) == pair):
+            point = (row["loss_b"] - origin["loss_b"], row["forgetting"] - origin["forgetting"])
+            (plain if row["arm"].startswith("plain") else others).append((row["arm"], *point))
+        line = [point[1:] for point in sorted(plain, key=lambda point: point[1])]
+        label = None if place else "plain, five learning rates"
+        axes.plot(*zip(*line, strict=True), "-x", color="grey", markersize=4, linewidth=0.8, label=label)
+        for name, x, y in others:
+            label = None if place else name
+            axes.plot(x, y, "os"[orders.index(pair[0]) % 2], color=f"C{names.index(name)}", markersize=5, label=label)
+    axes.set_xlabel(f"loss on B, minus that of plain training (circles: {orders[0]}, squares: {orders[-1]})")
     axes.set_ylabel("forgetting of A, likewise")
-    axes.legend(fontsize=6, ncols=2)
+    axes.legend(fontsize=6)

@@ -41,6 +41,7 @@ def arm_row(run: Path, onset: int) -> dict[str, Any]:
         "alarms": [
             {key: r[key] for key in ("step", "transition", "trigger", "alarm/harm", "alarm/interference", "matrices")}
             for r in alarms
+            if r["transition"] != "kept"
         ],
         "steps_under_alarm": sum(r.get("alarm/up", 0) > 0 for r in newest(records, "trigger").values()),
         "train_s": round(sum(r["train/dt"] for r in train.values()), 1),
