@@ -56,7 +56,6 @@ class ForgettingHook(Hook):
         self._control_rows = control_rows
         self._best: Tensor | None = None
         self._last: Tensor | None = None
-        self._control_loss = math.nan
         self._num_measurements = 0
         self._saved: dict[str, Any] | None = None
 
@@ -88,8 +87,8 @@ class ForgettingHook(Hook):
         started = time.perf_counter()
         reading = self.interference.measure()
         probe, covariances = self.first_seen.probe_losses(self._layers)
-        if self._num_measurements % _CONTROL_EVERY == 0:
-            self._control_loss = float(self.first_seen.control_losses().mean())
+        with_control = self._num_measurements % _CONTROL_EVERY == 0
+        control_loss = float(self.first_seen.control_losses().mean()) if with_control else math.nan
         self._num_measurements += 1
         evidence = self._judge(state.step, probe, reading)
         self.newest = Finding(
@@ -99,7 +98,7 @@ class ForgettingHook(Hook):
             covariances=covariances,
             num_probe_rows=self.first_seen.counts.probe,
         )
-        numbers = {**reading.metrics(), **self._losses(probe, evidence), **self._drift(covariances)}
+        numbers = {**reading.metrics(), **self._losses(probe, control_loss, evidence), **self._drift(covariances)}
         self._inform(reading, covariances)
         self.seconds = time.perf_counter() - started
         state.log("forgetting", {**numbers, "forgetting/seconds": round(self.seconds, 4)})
@@ -115,13 +114,12 @@ class ForgettingHook(Hook):
             "interference": self.interference.state_dict(),
             "best": self._best,
             "last": self._last,
-            "control_loss": self._control_loss,
             "num_measurements": self._num_measurements,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._saved = state["interference"]
-        self._best, self._last, self._control_loss = state["best"], state["last"], state["control_loss"]
+        self._best, self._last = state["best"], state["last"]
         self._num_measurements = state["num_measurements"]
 
     def _begin_window(self) -> None:
@@ -139,15 +137,15 @@ class ForgettingHook(Hook):
         harm = float((probe - self._best).mean())
         return Evidence(step=step, harm=harm, harm_low=float(low), rise=rise, interference=reading.nats)
 
-    def _losses(self, probe: Tensor, evidence: Evidence) -> dict[str, float]:
+    def _losses(self, probe: Tensor, control_loss: float, evidence: Evidence) -> dict[str, float]:
         loss = float(probe.mean())
         numbers = {
             "probe/loss": loss,
             "probe/rise": evidence.rise,
             "probe/harm": evidence.harm,
             "probe/harm_low": evidence.harm_low,
-            "control/loss": self._control_loss,
-            "probe/minus_control": loss - self._control_loss,
+            "control/loss": control_loss,
+            "probe/minus_control": loss - control_loss,
         }
         return {key: value for key, value in numbers.items() if not math.isnan(value)}
 

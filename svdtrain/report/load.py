@@ -45,7 +45,7 @@ class RunData:
         if len(self.analysis_dt) < 3 or len(self.other_dt) < 10:
             return None
         usual = statistics.median(self.other_dt)
-        extra = statistics.median(self.analysis_dt) - usual
+        extra = max(0.0, statistics.median(self.analysis_dt) - usual)  # less than nothing is noise
         steps = len(self.analysis_dt) + len(self.other_dt)
         return extra * len(self.analysis_dt) / (steps * usual)
 

@@ -95,6 +95,17 @@ def test_the_control_set_is_validation_text(corpus, tmp_path) -> None:
     assert not any(bool((train_rows == row).all(1).any()) for row in control)
 
 
+def test_the_difference_to_the_control_set_is_given_where_that_was_evaluated(corpus, tmp_path) -> None:
+    """With the loss of an earlier step in its place, the difference would jump at each evaluation."""
+    trainer = tiny_trainer(tmp_path / "run", settings(corpus, svd_interference_every=2))
+    trainer.fit()
+    found = records(tmp_path / "run", "forgetting")
+    assert len(found) == 7
+    assert ["probe/minus_control" in record for record in found] == [True, *[False] * 4, True, False]
+    for record in (found[0], found[5]):
+        assert record["probe/minus_control"] == pytest.approx(record["probe/loss"] - record["control/loss"])
+
+
 def test_everything_watched_explains_the_change_of_the_loss(corpus, tmp_path) -> None:
     """With all matrices of the blocks watched and everything else held still, little stays unexplained."""
 
