@@ -27,20 +27,29 @@ def base_dir() -> Path:
 
 
 def to_nanochat(arguments: argparse.Namespace) -> None:
-    """Our run -> base_checkpoints/<tag>, and the tokenizer if it is given."""
-    tokenizer = Tokenizer.load(arguments.tokenizer) if arguments.tokenizer else None
-    read = weights.read_run(Path(arguments.run), arguments.step, tokenizer)
+    """Our run -> base_checkpoints/<tag>, and its tokenizer, of which nanochat has one for all its models."""
+    run = Path(arguments.run)
+    given = arguments.tokenizer or (run / "tokenizer.json" if (run / "tokenizer.json").exists() else None)
+    tokenizer = Tokenizer.load(given) if given else None
+    read = weights.read_run(run, arguments.step, tokenizer)
     directory, checkpoints = base_dir() / "tokenizer", base_dir() / "base_checkpoints" / arguments.tag
     if any(checkpoints.glob("model_*.pt")):
         raise weights.ConversionError(f"{checkpoints} holds a model already; choose another --tag")
-    if tokenizer is not None and directory.exists() and not arguments.replace_tokenizer:
-        raise weights.ConversionError(f"{directory} exists; add --replace-tokenizer to write over it")
+    if tokenizer is not None and not arguments.replace_tokenizer and not _may_write(tokenizer, directory):
+        raise weights.ConversionError(f"{directory} is another tokenizer; add --replace-tokenizer to write over it")
     print(weights.write_nanochat(read, checkpoints))
     if tokenizer is None:
         print("no --tokenizer: nanochat will use the one that is in its base directory", file=sys.stderr)
         return
     weights.write_nanochat_tokenizer(tokenizer, directory)
     print(directory)
+
+
+def _may_write(tokenizer: Tokenizer, directory: Path) -> bool:
+    """Whether there is none yet, or the same one."""
+    if not (directory / "tokenizer.pkl").exists():
+        return not directory.exists()
+    return weights.read_nanochat_tokenizer(directory).fingerprint() == tokenizer.fingerprint()
 
 
 def from_nanochat(arguments: argparse.Namespace) -> None:
@@ -62,7 +71,7 @@ def parse() -> argparse.Namespace:
     there = commands.add_parser("to-nanochat")
     there.add_argument("run", help="run directory of svdtrain")
     there.add_argument("--tag", required=True, help="model tag in nanochat, such as d4")
-    there.add_argument("--tokenizer", help="our tokenizer file (CACHE/tokenizers/*.json)")
+    there.add_argument("--tokenizer", help="our tokenizer file; default: the run's own")
     there.add_argument("--replace-tokenizer", action="store_true", help="write over the tokenizer in nanochat's base")
     there.add_argument("--step", type=int, help="default: the newest")
     there.set_defaults(function=to_nanochat)

@@ -118,6 +118,8 @@ def build_trainer(
         num_iterations=config.train.num_iterations,
     )
     check_shared_directory(run_path, world)
+    if world.is_main:
+        data.tokenizer.save(state.run.tokenizer_path)  # so that a run can be moved without its cache
     _describe(state, model, data, console)
     return Trainer(
         state,

@@ -2,6 +2,7 @@
 
     runs/<name>/
       config.json       the resolved configuration
+      tokenizer.json    what the text was tokenised with
       metrics.jsonl     one flat record a line, flushed per line; the truth of the run
       checkpoints/      step_000500/ ..., and `latest`
       code/             (cluster runs) snapshot of the sources
@@ -134,6 +135,10 @@ class RunDirectory:
     @property
     def config_path(self) -> Path:
         return self.path / "config.json"
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.path / "tokenizer.json"
 
     @property
     def metrics_path(self) -> Path:

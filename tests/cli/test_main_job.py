@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from svdtrain.cli import main
+from svdtrain.data.tokenizer import Tokenizer
 from tests.evaluation.test_core import write_bundle
 from tests.main_job import records, tiny_settings, write_corpus
 
@@ -42,7 +43,8 @@ def test_it_learns_switches_samples_and_says_so(tmp_path, corpus, capsys) -> Non
     assert records(run, "end")[-1]["reason"] == "finished"
     for words in ("val bpb", "switches", "sample", "run directory", "next"):
         assert words in output
-    assert {p.name for p in run.iterdir()} == {"config.json", "metrics.jsonl", "checkpoints"}
+    assert {p.name for p in run.iterdir()} == {"config.json", "metrics.jsonl", "tokenizer.json", "checkpoints"}
+    assert Tokenizer.load(run / "tokenizer.json").vocab_size > 256
     assert (tmp_path / "latest").resolve() == run
 
 

@@ -57,8 +57,8 @@ def test_a_run_there_and_back(
     run = tmp_path / "run"
     CheckpointStore(run / "checkpoints").save(Checkpoint(step=20, model=model.state_dict(), optimizer={}, state={}))
     (run / "config.json").write_text(json.dumps(config.to_dict()))
-    Tokenizer.byte_level().save(tmp_path / "bytes.json")
-    there = ("to-nanochat", run, "--tag", "d1", "--tokenizer", tmp_path / "bytes.json")
+    Tokenizer.byte_level().save(run / "tokenizer.json")  # as training leaves it
+    there = ("to-nanochat", run, "--tag", "d1")
     assert convert(*there) == 0
     saved = torch.load(tmp_path / "base/base_checkpoints/d1/model_000020.pt", weights_only=True)
     assert_same(saved, dict(model.state_dict()))
@@ -74,7 +74,9 @@ def test_a_run_there_and_back(
     assert convert("from-nanochat", "d1", "--out", run) == 2
     assert "run holds a run already; choose another --out" in capsys.readouterr().err
     assert json.loads((run / "config.json").read_text()) == json.loads(json.dumps(config.to_dict()))
-    assert convert(*there[:3], "other", *there[4:]) == 2
+    assert convert(*there[:3], "same") == 0  # there is one tokenizer already: the same
+    Tokenizer(Tokenizer.byte_level().ranks, pattern="another").save(tmp_path / "another.json")
+    assert convert(*there[:3], "other", "--tokenizer", tmp_path / "another.json") == 2
     assert "--replace-tokenizer" in capsys.readouterr().err
     assert not (tmp_path / "base/base_checkpoints/other").exists()
 
