@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from nanochat_patch import weights
 from svdtrain.data.errors import DataError
 from svdtrain.data.tokenizer import Tokenizer
+from svdtrain.runlog import RunDirectory
 
 
 def base_dir() -> Path:
@@ -29,7 +30,8 @@ def base_dir() -> Path:
 def to_nanochat(arguments: argparse.Namespace) -> None:
     """Our run -> base_checkpoints/<tag>, and its tokenizer, of which nanochat has one for all its models."""
     run = Path(arguments.run)
-    given = arguments.tokenizer or (run / "tokenizer.json" if (run / "tokenizer.json").exists() else None)
+    own = RunDirectory(run, writable=False).tokenizer_path
+    given = arguments.tokenizer or (own if own.exists() else None)
     tokenizer = Tokenizer.load(given) if given else None
     read = weights.read_run(run, arguments.step, tokenizer)
     directory, checkpoints = base_dir() / "tokenizer", base_dir() / "base_checkpoints" / arguments.tag
@@ -60,8 +62,9 @@ def from_nanochat(arguments: argparse.Namespace) -> None:
         raise weights.ConversionError(f"{out} holds a run already; choose another --out")
     print(weights.write_run(read, out))
     if (base_dir() / "tokenizer" / "tokenizer.pkl").exists():
-        weights.read_nanochat_tokenizer(base_dir() / "tokenizer").save(out / "tokenizer.json")
-        print(out / "tokenizer.json")
+        path = RunDirectory(out, writable=False).tokenizer_path
+        weights.read_nanochat_tokenizer(base_dir() / "tokenizer").save(path)
+        print(path)
 
 
 def parse() -> argparse.Namespace:

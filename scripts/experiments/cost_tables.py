@@ -50,40 +50,39 @@ def _exact_share(rows: list[dict[str, Any]]) -> str:
 
 def monitoring(content: dict[str, Any]) -> str:
     """The same on two cores, in the loop."""
-    lines = [
-        "### On a laptop's cores",
-        "",
+    return _in_the_loop(
+        content,
+        "On a laptop's cores",
         "Depth 4, all 16 attention matrices watched at every step and analysed every 20; steps with and without",
         "monitoring take turns.",
-        "",
-    ]
-    return "\n".join(lines + _measured_in_the_loop(content)) + "\n"
+    )
 
 
 def switching(content: dict[str, Any]) -> str:
     """What moving matrices between modes costs on a GPU."""
-    lines = [
-        "### Switching",
-        "",
+    return _in_the_loop(
+        content,
+        "Switching",
         "All 80 attention matrices of depth 20 in one step, moments mapped, the step's own time taken off.",
-        "",
-    ]
-    return "\n".join(lines + _measured_in_the_loop(content)) + "\n"
+    )
 
 
 def memory(content: dict[str, Any]) -> str:
     """What is held beside the weights."""
-    lines = [
-        "### Memory",
-        "",
+    return _in_the_loop(
+        content,
+        "Memory",
         "What the method holds beside the model, all 16 attention matrices of depth 4 in low-rank mode at one r/g",
         "after the other; principal, bases, spectra, references and scratch are the tracked engine's, there in full",
         "mode, too. lowrank is W_p, B and A. On a GPU scratch is two bf16 copies while a look is under way.",
         "Re-registered, as here, the optimizer's state shrinks with r; shadow adds its own for B and A, of their size,",
         "and keeps the host's. Measuring forgetting holds W and a gradient in bf16 besides, 1.5 in the same units.",
-        "",
-    ]
-    return "\n".join(lines + _measured_in_the_loop(content)) + "\n"
+    )
+
+
+def _in_the_loop(content: dict[str, Any], title: str, *text: str) -> str:
+    """A section about rows of bench_monitoring.py."""
+    return "\n".join([f"### {title}", "", *text, "", *_measured_in_the_loop(content)]) + "\n"
 
 
 def _measured_in_the_loop(content: dict[str, Any]) -> list[str]:
