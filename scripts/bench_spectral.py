@@ -174,9 +174,10 @@ def bench_analysis(bench: Bench) -> None:
                 tracker = installed(bench, k, ritz=way, max_iterations=1, chunk=bench.num)
 
                 def analyse() -> dict[str, RowResult]:
-                    tracker.observe(1, after, gradients)
+                    tracker.observe(1, after, gradients)  # finished by the tracker's thread, beside the slow lane
+                    found = run_job(tracker._snapshot(1, set(names), after))
                     tracker.settle()
-                    return run_job(tracker._snapshot(1, set(names), after))
+                    return found
 
                 column = lanes.SLOW_COLUMNS.index("rho")
                 rho = sum(result.table[column] for result in analyse().values()) / bench.num
