@@ -19,9 +19,12 @@ ARMS = {
     "original-rule": {"svd-preset": "fast", "svd-rule": "original"},
     "calibrated-rule": {"svd-preset": "fast", "svd-rule": "calibrated", "svd-recompute-every": 1},
     "calibrated-rule-half": {"svd-preset": "fast", "svd-rule": "calibrated", "svd-recompute-every": 2},
-}
-"""The last two: the split of a low-rank matrix is computed anew at every decision, or, as is the default of training,
-at every second."""
+    "calibrated-rule-replay": {
+        "svd-preset": "fast", "svd-rule": "calibrated", "svd-recompute-every": 2, "svd-on-alarm": "replay",
+    },
+}  # fmt: skip
+"""calibrated-rule: the split of a low-rank matrix is computed anew at every decision; -half: as is the default of
+training, at every second; -replay: the same, but an alarm replays first-seen text and leaves the matrices alone."""
 DEFAULT = ",".join(ARMS)
 
 
