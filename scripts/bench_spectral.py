@@ -372,7 +372,7 @@ def main() -> None:
     print(f"{(seconds := time.perf_counter() - started):.0f} s in all")
     if arguments.out:
         about = {"num": arguments.num, "size": arguments.size, "device": name, "torch": torch.__version__}
-        rows = {"seconds": seconds, "rows": [asdict(result) for result in bench.results]}
+        rows = {"seconds": seconds, "step_ms": STEP_MS, "rows": [asdict(result) for result in bench.results]}
         arguments.out.write_text(json.dumps(about | rows, indent=1))
 
 
