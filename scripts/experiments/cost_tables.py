@@ -23,6 +23,8 @@ def spectral(content: dict[str, Any]) -> str:
         "every number is on the host. d20: a step of 524,288 tokens at depth 20,",
         f"{content['step_ms'] / 1e3:.2f} s on this GPU. `check` is against exact results of the same run.",
         _exact_share(content["rows"], content["step_ms"]),
+        "S: error of the singular values over the largest one. rho: the rotation ratio, mean over the matrices. share,",
+        "PR: largest error of a principal share and of a participation ratio. angle: between tracked and exact subspace.",
         "",
         "| what | variant | k | ms | check | note |",
         "|---|---|---|---|---|---|",
@@ -124,6 +126,7 @@ def nanochat(content: dict[str, Any]) -> str:
                       _share(row["relative_median"], row["relative_median_of_blocks"]))  # fmt: skip
             lines.append(f"| {name} | {row['steps']} | {row['tokens_per_second']:,.0f} | {' | '.join(shares)} |")
     torn = len(content["tensors_that_differ_between_ranks"])
+    ended = "" if "to full" in content["blocks"] else ", ended by `--max-seconds` before the last blocks"
     lines += [
         "",
         f"{content['num_changes']} changes of mode and rank by hand in {content['num_steps']} steps,",
@@ -131,7 +134,7 @@ def nanochat(content: dict[str, Any]) -> str:
         + ("." if gpus == 1 else f"; {torn} tensors differ between ranks."),
         "",
         f"`{'' if gpus == 1 else f'torchrun --standalone --nproc_per_node={gpus} '}"
-        f"{'python ' if gpus == 1 else ''}scripts/bench_nanochat.py --nanochat DIR`, on H200.",
+        f"{'python ' if gpus == 1 else ''}scripts/bench_nanochat.py --nanochat DIR`, on H200{ended}.",
     ]
     return "\n".join(lines) + "\n"
 

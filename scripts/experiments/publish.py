@@ -26,9 +26,9 @@ NUM_MATRICES = 16  # attention matrices at depth 4
 INTRODUCTION = """# Results
 
 Made by `python scripts/experiments/publish.py` from the rows in docs/results; the command that made the rows stands
-under each table. bpb: validation bits per byte. A spread is the standard deviation over seeds. All arms of a seed
-start from the same weights and see the same batches. Text: technical English documents (parquet shards), the last shard
-is validation.
+under each table (the benchmarks' rows are kept with `--out` or `--json docs/results/NAME.json` behind it). bpb:
+validation bits per byte. A spread is the standard deviation over seeds. All arms of a seed start from the same weights
+and see the same batches. Text: technical English documents (parquet shards), the last shard is validation.
 """
 
 

@@ -17,14 +17,18 @@ WATCHED = "plain lr x1"
 def shift(rows: list[Row], command: str) -> str:
     """What each arm kept of the first text at equal loss on the second, and what saw the harm coming."""
     pairs = sorted({(row["order"], row["seed"]) for row in rows})
+    orders = dict.fromkeys(row["order"] for row in rows)
     lines = [
         "## A planned shift: from one text to another",
         "",
         f"The model trains on text A, then B replaces A within a few steps; {len(pairs)} pairs of an order and a seed,",
-        "every arm of a pair from the same checkpoint at the onset. Forgetting: rise of the loss on A since the onset,",
-        "in nats a token. Learning B more slowly forgets less by itself, so an arm is also held against plain training",
-        "at the learning rate that ends with the same loss on B (interpolated between the plain arms): below zero it",
-        "forgets less than that. Means over pairs, in brackets the smallest and the largest.",
+        "every arm of a pair from the same checkpoint at the onset. A and B are the documents of two sources of the",
+        f"shards (column `source`), in the orders {' and '.join(orders)}. Forgetting: rise of the loss on A since the",
+        "onset, in nats a token. Learning B more slowly forgets less by itself, so an arm is also held against plain",
+        "training at the learning rate that ends with the same loss on B (interpolated between the plain arms, and",
+        "only for pairs inside of what these reach): below zero it forgets less than that. plain: no action, at a",
+        "factor on the learning rate; alarm: these actions while the alarm is up; replay: at this share from the onset",
+        "on, whatever the alarm says. Means over pairs, in brackets the smallest and the largest.",
         "",
         "| arm | loss on B | forgetting of A | against plain at equal loss on B | pairs inside | steps under alarm |",
         "|---|---|---|---|---|---|",
@@ -65,6 +69,11 @@ def _detection(found: list[Detection]) -> list[str]:
         f"AUROC: of the first {HARM_WINDOW} steps of the shift, and of all harmful steps, each against the quiet ones.",
         "Below .5 a statistic falls; what falls or rises all through training, as update_size does, tells nothing by",
         "that.",
+        "",
+        "`_z`: against its own last values, as the triggers look at it. turn: one minus the cosine of gradient and",
+        "momentum. probe_rise, harm, interference: of the last measurement of forgetting. alarm_up: whether the alarm",
+        "was up when the step's record was written, just before the alarm judges it. update_size: ||dW|| / ||W|| of one",
+        "step. `_lift`: means over the matrices. What each is: [METHOD.md](METHOD.md).",
         "",
         "| statistic | AUROC, first steps | AUROC, harmful steps | lead in steps | spoke in |",
         "|---|---|---|---|---|",
