@@ -75,5 +75,5 @@ def _nothing_matched(pattern: str, names: list[str]) -> str:
     shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
     return (
         f"svd_targets={pattern!r} matches no 2-D parameter with both sides of at least {_SMALLEST_SIDE}; "
-        f"parameters are named like: {shown or '(the model has none)'}"
+        f"parameters are named like: {shown or '(the model has none)'}; give a regular expression that finds them"
     )

@@ -58,7 +58,7 @@ RULES: dict[str, Rule] = {
             fires="the run ended with an exception, or after three non-finite steps in a row",
             resolves="a restart",
             meaning="Nothing is training. The checkpoints up to the last save are good.",
-            to_do="Read the reason, then svdtrain --run-dir RUN --resume auto.",
+            to_do="Read the reason, then svdtrain --config RUN/config.json --run-dir RUN --resume auto.",
         ),
         Rule(
             name="stalled",
