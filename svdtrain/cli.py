@@ -1,8 +1,8 @@
 """The `svdtrain` command: flags to configuration, errors to one line, exit codes.
 
-Exit codes: 0 finished, 1 stopped because training broke (non-finite three times), 2 the user has to change something,
-3 another rank was lost, 85 preempted by a signal with everything saved (start it again with --resume auto), 130
-interrupted by Ctrl-C.
+Exit codes: 0 finished, 1 stopped because training broke (non-finite three times, or the ranks' weights differ), 2 the
+user has to change something, 3 another rank was lost, 85 preempted by a signal with everything saved (start it again
+with --resume auto), 130 interrupted by Ctrl-C.
 """
 
 import dataclasses

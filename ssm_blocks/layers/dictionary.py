@@ -30,7 +30,7 @@ class PermutationDictionary(nn.Module):
         super().__init__()
         if size < 2:
             raise ValueError(f"a dictionary needs at least 2 entries (the identity is one), got {size}")
-        self.num_heads, self.size, self.channels, self.signed = num_heads, size, channels, signed
+        self.num_heads, self.size, self.channels = num_heads, size, channels
         self.scores = nn.Parameter(torch.empty(num_heads, size - 1, channels))
         self.signs = nn.Parameter(torch.empty(num_heads, size - 1, channels)) if signed else None
         self.router = Gate(dim, num_heads * size, gain=1.0)

@@ -157,7 +157,7 @@ class AdaptiveSVD:
             self._monitor.set_ranks({name: r})
 
     def protect_inputs(self, name: str) -> None:
-        """Keep the updates of one matrix out of its principal inputs on the reference data (SPECTRAL section 5), from
+        """Keep the updates of one matrix out of its principal inputs on the reference data (spectral/activations), from
         the next step on and whatever svd_protect is; `set_mode(name, None)` ends it. Raises ValueError for an unknown
         name or one without `set_references`."""
         if name not in self.targets:

@@ -14,7 +14,7 @@ class Measurement:
     """What one analysis of one matrix found; nan where there was nothing to compare with.
 
     "Principal" is the span of the first k = g - r left singular vectors. Shares are of a squared Frobenius norm; a lift
-    is a share over its chance level k/m, a z counts standard deviations from it (SPECTRAL section 2).
+    is a share over its chance level k/m, a z counts standard deviations from it (svdtrain/spectral/null.py).
     """
 
     principal_alignment: float

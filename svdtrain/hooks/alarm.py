@@ -161,7 +161,7 @@ class AlarmHook(Hook):
         }
         state.log("alarm", fields)
         if transition == "raised":
-            state.alert("WARNING", "interference", _sentence(fields, evidence.interference))
+            state.alert("WARNING", "interference", _sentence(fields))
         elif transition == "cleared":
             message = f"no more loss of first-seen text ({evidence.harm:.3f} nats stay lost)"
             state.alert("INFO", "interference", f"the alarm of step {self.alarm.since} is over: {message}")
@@ -182,7 +182,7 @@ class AlarmHook(Hook):
         )}  # fmt: skip
 
 
-def _sentence(fields: Record, nats: Any) -> str:
+def _sentence(fields: Record) -> str:
     worst = ", ".join(f"{matrix['name']} ({matrix['nats']:+.4f})" for matrix in fields["matrices"][:3])
     worst = worst or "no watched matrix"
     more = f" and {len(fields['matrices']) - 3} more" if len(fields["matrices"]) > 3 else ""

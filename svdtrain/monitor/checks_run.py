@@ -59,7 +59,7 @@ def throughput(now: Situation, active: bool) -> Finding | None:
 
 
 def loss_shift(now: Situation, active: bool) -> Finding | None:
-    """Mean of the last 10 losses against the line through the 100 before."""
+    """Mean of the last 10 losses against the median of the 50 before; the noise is that of the 100 before."""
     return _jump(now.view, "train/loss", "loss", 3.0 if active else 5.0)
 
 

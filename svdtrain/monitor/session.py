@@ -43,7 +43,6 @@ class Session:
         self.book = AlertBook()
         self.events: deque[tuple[int, AlertEvent]] = deque(maxlen=100)
         self.new_events: list[AlertEvent] = []
-        self.num_new_records = 0
         self._generation = 0
         self._grew_at: float | None = None
 

@@ -7,7 +7,7 @@ compiled graph is never touched:
         model(reference_batch)
     covariances = collector.result()
 
-Protecting what was learned means keeping updates out of the leading eigenvectors of C (SPECTRAL section 5).
+Protecting what was learned means keeping updates out of the leading eigenvectors of C.
 """
 
 from __future__ import annotations
