@@ -24,12 +24,12 @@ PANELS_IN_A_ROW = 2
 
 INTRODUCTION = """# Results of the state-space experiments
 
-Made by `python scripts/experiments/publish_ssm.py` from the rows in docs/results/ssm; the command that makes the rows
-stands under each experiment. Numbers are the median over seeds, in brackets the smallest and the largest. Sequences are
-made while training; a hash splits them into halves, and accuracy is that on the half that training never draws. *final*
-is the accuracy of the last answer, *token* that of all, *sequence* the share of sequences without a mistake. *chance*
-is the best guess that does not look at the sequence. A criterion that was not met stays, with the reason where it was
-found.
+Made by `python scripts/experiments/publish_ssm.py` from the rows in docs/results/ssm; the commands that made the rows
+stand under each experiment (scifar takes `--data DIR` besides; `--out docs/results/ssm` keeps the rows there). Numbers
+are the median over seeds, in brackets the smallest and the largest. Sequences are made while training; a hash splits
+them into halves, and accuracy is that on the half that training never draws. *final* is the accuracy of the last
+answer, *token* that of all, *sequence* the share of sequences without a mistake. *chance* is the best guess that does
+not look at the sequence. A criterion that was not met stays, with the reason where it was found.
 """
 
 

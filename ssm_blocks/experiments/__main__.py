@@ -106,15 +106,15 @@ def _device(name: str) -> str:
 
 
 def _command(options: argparse.Namespace) -> str:
-    """What to type for the same rows; where they are written is the reader's own business."""
+    """What to type for the same rows; where they are written, and where data lie, is the reader's own business."""
     words = ["python", "-m", "ssm_blocks.experiments", *options.names]
     if options.quick:
         words.append("--quick")
-    for flag in ("seeds", "device", "parallel", "arms"):
+    for flag, default in (("seeds", None), ("device", "auto"), ("parallel", 1), ("arms", "")):
         value = getattr(options, flag)
-        if value not in (None, "", "auto") and value != 1:
+        if value != default:
             words += [f"--{flag}", str(value)]
-    return shlex.join(words)
+    return shlex.join([*words, *(["--data", "DIR"] if options.data else [])])
 
 
 def _job(options: argparse.Namespace) -> list[str]:
