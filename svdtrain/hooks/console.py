@@ -142,5 +142,6 @@ def _bpb_row(first: float | None, last: float | None) -> str:
 def _next_steps(state: TrainState) -> str:
     run = escape(str(state.run.path))
     if state.step < state.num_iterations:
-        return f"svdtrain --config {run}/config.json --run-dir {run} --resume auto"
+        settings = f"--config {run}/config.json " if state.run.config_path.exists() else ""
+        return f"svdtrain {settings}--run-dir {run} --resume auto"
     return f"svd-monitor {run}    svd-report {run}"
