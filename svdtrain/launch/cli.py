@@ -124,7 +124,10 @@ def _submit(options: LaunchOptions, minutes: float, job: TrainJob) -> Any:
     import submitit
 
     folder = Path(job.run) / "launch"
-    executor = submitit.AutoExecutor(folder, cluster=options.cluster, slurm_max_num_timeout=MAX_TIMEOUTS)
+    if options.cluster == "local":  # AutoExecutor takes neither the delay of the signal nor a part of a minute for it
+        executor: Any = submitit.LocalExecutor(folder, max_num_timeout=MAX_TIMEOUTS)
+    else:
+        executor = submitit.AutoExecutor(folder, cluster=options.cluster, slurm_max_num_timeout=MAX_TIMEOUTS)
     executor.update_parameters(**_parameters(options, minutes))
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # submitit repeats there what the error below says
@@ -137,15 +140,20 @@ def _submit(options: LaunchOptions, minutes: float, job: TrainJob) -> Any:
 
 def _parameters(options: LaunchOptions, minutes: float) -> dict[str, Any]:
     """submitit's names for them."""
+    if options.cluster == "local":
+        return {
+            "tasks_per_node": max(1, options.gpus),
+            "gpus_per_node": options.gpus,
+            "timeout_min": minutes,
+            "signal_delay_s": options.signal_s,
+        }
     parameters: dict[str, Any] = {
         "name": "svdtrain",
         "nodes": options.nodes,
         "tasks_per_node": max(1, options.gpus),
         "gpus_per_node": options.gpus,
-        "timeout_min": minutes if options.cluster != "slurm" else max(1, round(minutes)),
+        "timeout_min": max(1, round(minutes)),
     }
-    if options.cluster == "local":
-        parameters["local_signal_delay_s"] = options.signal_s
     if options.cluster == "slurm":
         parameters |= {
             "cpus_per_task": options.cpus,

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import submitit
 
 from svdtrain.interrupts import PREEMPTED as TRAINER_PREEMPTED
 from svdtrain.launch import cli
@@ -91,6 +92,20 @@ def test_a_run_directory_that_cannot_be_written_is_one_line(tmp_path, capsys) ->
     error = capsys.readouterr().err
     assert "Not a directory" in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("cluster", ["local", "debug"])
+def test_submitit_takes_what_is_asked_of_it(tmp_path, monkeypatch, cluster: str) -> None:
+    executors = []
+    monkeypatch.setattr(submitit.LocalExecutor, "submit", lambda executor, job: executors.append(executor))
+    monkeypatch.setattr(submitit.AutoExecutor, "submit", lambda executor, job: executors.append(executor))
+    options = cli.LaunchOptions(cluster=cluster, gpus=2, signal_s=7)  # type: ignore[arg-type]
+    cli._submit(options, 0.5, cli.TrainJob(run=str(tmp_path), entry="train.py", flags=(), requeue="never"))
+    if cluster == "local":
+        asked = {"tasks_per_node": 2, "gpus_per_node": 2, "timeout_min": 0.5, "signal_delay_s": 7}
+        assert executors[0].parameters.items() >= asked.items()
+    else:
+        assert len(executors) == 1
 
 
 def test_a_login_node_needs_no_torch() -> None:
