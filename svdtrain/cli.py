@@ -191,6 +191,16 @@ def check_resumable(saved: dict | None, config: RunConfig, path: Path) -> None:
                 )
 
 
+def changed_settings(saved: dict | None, config: RunConfig) -> str:
+    """What a resume changes: `--flag before -> now`, with commas; empty for nothing."""
+    return ", ".join(
+        f"--{name.replace('_', '-')} {before} -> {now}"
+        for group, values in config.to_dict().items()
+        for name, now in values.items()
+        if (before := (saved or {}).get(group, {}).get(name, now)) != now
+    )
+
+
 def run(arguments: Arguments, console: "Console", argv: Sequence[str] = ()) -> int:
     """Train; returns the exit code. `argv` is what the user typed, for the command that goes on after a signal."""
     config = arguments.config
@@ -203,9 +213,11 @@ def run(arguments: Arguments, console: "Console", argv: Sequence[str] = ()) -> i
         from svdtrain.runlog import RunDirectory
         from svdtrain.trainer.distributed import close_world
 
-        if resuming:
-            check_resumable(RunDirectory(path, writable=False).read_config(), config, path)
+        saved = RunDirectory(path, writable=False).read_config() if resuming else None
+        check_resumable(saved, config, path)
         trainer = build_trainer(config, path, console)
+        if (changed := changed_settings(saved, config)) and trainer.state.world.is_main:
+            console.print(f"goes on with other settings: {changed}", style="yellow", soft_wrap=True, markup=False)
         trainer.state.run.write_config(config.to_dict())
         trainer.fit(resume=resuming)
     state = trainer.state

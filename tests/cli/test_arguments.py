@@ -6,6 +6,7 @@ import pytest
 
 from svdtrain.cli import (
     RunOptions,
+    changed_settings,
     check_resumable,
     choose_run_directory,
     flag_names,
@@ -83,3 +84,12 @@ def test_resume_refuses_another_configuration(tmp_path) -> None:
     with pytest.raises(ValueError, match="made with --depth 3, now 4"):
         check_resumable(saved, RunConfig(), tmp_path)
     check_resumable(RunConfig().to_dict(), RunConfig(), tmp_path)
+
+
+def test_a_resume_names_the_settings_it_changes() -> None:
+    saved = RunConfig().to_dict()
+    assert changed_settings(saved, RunConfig()) == changed_settings(None, RunConfig()) == ""
+    before = saved["svd"]["svd_interval"]
+    saved["svd"]["svd_interval"] = 7
+    del saved["svd"]["svd_rule"]  # of a version that did not have it
+    assert changed_settings(saved, RunConfig()) == f"--svd-interval 7 -> {before}"

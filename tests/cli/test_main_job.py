@@ -173,6 +173,7 @@ def test_resume_goes_on_and_refuses_other_settings(tmp_path, corpus, capsys) -> 
     assert main([*flags, "--num-iterations", "40", "--resume", "auto", "--seed", "7"]) == 2
     assert "--seed" in capsys.readouterr().err
     assert main([*flags, "--num-iterations", "40", "--resume", "auto"]) == 0
+    assert "goes on with other settings: --num-iterations 20 -> 40\n" in capsys.readouterr().out
     steps = [r["step"] for r in records(tmp_path / "run", "train")]
     assert steps == list(range(1, 41))
     assert records(tmp_path / "run", "resume")[0]["step"] == 20
