@@ -59,6 +59,8 @@ class AdaptiveSVD:
         self.targets = {name: Target(name=name, W=W) for name, W in found.items()}
         self._optimizer = optimizer
         self._adapter: Adapter = adapter or self._default_adapter(optimizer, found)
+        self.optimizer_has_factors = not self._adapter.host_clears_gradients
+        """Whether B and A stand in the optimizer in W's place; else they are stepped beside it."""
         self._transitions = Transitions(self.config, self._adapter)
         self.watching = self.config.svd_preset != "off"
         """Set it to False to look at nothing and decide nothing for a while; low-rank matrices train on as they are."""
@@ -131,7 +133,7 @@ class AdaptiveSVD:
         """Drop B.grad and A.grad of the low-rank matrices, and W.grad where the host's zero_grad misses it."""
         for factors in self._factors():
             factors.clear_gradients()
-            if not self._adapter.host_clears_gradients:
+            if self.optimizer_has_factors:
                 factors.W.grad = None
 
     def set_mode(self, name: str, r: int | None) -> None:
@@ -355,12 +357,10 @@ class AdaptiveSVD:
     def _remember(self, decision: Decision, extras: Mapping[str, float] | None = None) -> None:
         target = decision.target
         target.r = decision.r
-        numbers = dict(vars(decision.measured))  # not dataclasses.asdict, which copies deeply and takes a while
-        del numbers["r_next"]
-        target.metrics = {
-            **{key: float(value) for key, value in numbers.items()}, **(extras or {}), **target.drift,
-            "r": float(decision.r), "mode": float(target.lowrank),
-        }  # fmt: skip
+        # Not dataclasses.asdict, which copies deeply and takes a while.
+        numbers = {key: float(value) for key, value in vars(decision.measured).items() if key != "r_next"}
+        state = {"r": float(decision.r), "mode": float(target.lowrank)}
+        target.metrics = {**numbers, **(extras or {}), **target.drift, **state}
 
     def _ask_policy(self, target: Target, measured: Measurement, r: int, step: int) -> tuple[bool, int, dict[str, Any]]:
         config = self.config

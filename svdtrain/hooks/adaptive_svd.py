@@ -32,7 +32,12 @@ class AdaptiveSVDHook(Hook):
         self._publish_substitutes(state)
 
     def on_backward_end(self, state: TrainState) -> None:
-        self.running.project_gradients()
+        if self.running.optimizer_has_factors:  # which clips their gradients
+            self.running.project_gradients()
+
+    def on_before_optimizer_step(self, state: TrainState) -> None:
+        if not self.running.optimizer_has_factors:  # from the gradient of W as it was clipped
+            self.running.project_gradients()
 
     def on_optimizer_step_end(self, state: TrainState, stepped: bool) -> None:
         changes = self.running.after_step(state.step, stepped)
@@ -79,12 +84,14 @@ class AdaptiveSVDHook(Hook):
         return self.controller
 
     def _publish_substitutes(self, state: TrainState) -> None:
-        """Tell the trainer which parameters the optimizer trains in place of the model's own."""
+        """Tell the trainer which parameters the optimizer trains in place of the model's own, if any."""
+        targets = self.running.targets.values()
+        state.num_lowrank = sum(target.lowrank for target in targets)
         names = {id(p): name for name, p in state.model.named_parameters()}
         state.substitutes = {
             names[id(target.W)]: (target.factors.B, target.factors.A)
-            for target in self.running.targets.values()
-            if target.factors is not None
+            for target in targets
+            if target.factors is not None and self.running.optimizer_has_factors
         }
 
 
