@@ -154,8 +154,12 @@ class AdaptiveSVD:
         if isinstance(outcome, str):
             raise ValueError(f"{name!r} cannot be decomposed: {outcome}")
         self._transitions.carry_out([Move(target=target, r=r, decomposition=outcome)])
-        target.r = r
-        if self._monitor is not None:
+        self.analyse_at(name, r)
+
+    def analyse_at(self, name: str, r: int | None) -> None:
+        """The rank that the next decision starts from, whatever the mode; None: as if there had been no decision."""
+        self.targets[name].r = r
+        if self._monitor is not None and r is not None:
             self._monitor.set_ranks({name: r})
 
     def protect_inputs(self, name: str) -> None:
@@ -366,16 +370,10 @@ class AdaptiveSVD:
         config = self.config
         target.analyses_in_mode += 1
         use_lowrank, r_next, diagnostics = should_use_lowrank_training(
-            measured,
-            config.thresholds,
-            lowrank=target.lowrank,
-            r=r,
-            step=step,
-            warmup=config.svd_warmup,
-            calibrated=config.calibrated,
+            measured, config.thresholds, lowrank=target.lowrank, r=r, step=step, warmup=config.svd_warmup,
+            calibrated=config.calibrated, min_dwell=config.svd_min_dwell,
             analyses_in_mode=target.analyses_in_mode if target.num_switches else None,
-            min_dwell=config.svd_min_dwell,
-        )
+        )  # fmt: skip
         logger.debug("step %d, %s: %s", step, target.name, diagnostics)
         if not config.svd_switching or target.name in self.held:
             use_lowrank = target.lowrank

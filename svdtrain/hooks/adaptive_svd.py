@@ -58,13 +58,15 @@ class AdaptiveSVDHook(Hook):
             state.log("svd", {key: _short(value) for key, value in self.running.metrics().items()})
 
     def switch(self, state: TrainState, name: str, mode: Literal["lowrank", "protect", "full"], *, reason: str) -> None:
-        """Put one matrix into a mode by hand, between steps, and announce it. lowrank: at `svd_alarm_rank`."""
+        """Put one matrix into a mode by hand, between steps, and announce it. lowrank: at `svd_alarm_rank`, as
+        far as `svd_min_rank` and the matrix allow."""
         target = self.running.targets[name]
         before = target.num_free_directions
         if mode == "protect":
             self.running.protect_inputs(name)
         else:
-            r = max(1, round(self.config.svd_alarm_rank * min(target.W.shape)))
+            g = min(target.W.shape)
+            r = min(max(round(self.config.svd_alarm_rank * g), self.config.svd_min_rank), g - 1)
             self.running.set_mode(name, r if mode == "lowrank" else None)
         self._publish_substitutes(state)
         kind = "to_full" if mode == "full" else "to_lowrank"
