@@ -82,6 +82,10 @@ class AdaptiveSVD:
 
     # --- the training loop calls these ---
 
+    def keep_foreign_writes(self) -> None:
+        """Before a step: what somebody else has written to a low-rank W since the last one stays, with a warning."""
+        self._transitions.keep_foreign_writes(self.targets.values())
+
     def project_gradients(self) -> None:
         """B.grad and A.grad from G for every low-rank matrix; call once a step, with G averaged and complete."""
         lowrank = self._factors()
@@ -93,8 +97,7 @@ class AdaptiveSVD:
 
     def after_step(self, step: int, stepped: bool = True) -> list[Change]:
         """Write W from B and A; look at every matrix; at `step % svd_interval == 0` decide and switch. `stepped=False`:
-        the step was vetoed; nothing is merged or looked at. Gradients that `optimizer.zero_grad` cannot reach are
-        dropped."""
+        the step was vetoed; nothing is merged or looked at. Gradients that zero_grad cannot reach are dropped."""
         changes: list[Change] = []
         if stepped:
             self._apply_step()

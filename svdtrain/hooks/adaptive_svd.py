@@ -31,6 +31,9 @@ class AdaptiveSVDHook(Hook):
             self.controller.load_state_dict(self._saved)
         self._publish_substitutes(state)
 
+    def on_step_start(self, state: TrainState) -> None:
+        self.running.keep_foreign_writes()  # a hook may have changed weights after the last step
+
     def on_backward_end(self, state: TrainState) -> None:
         if self.running.optimizer_has_factors:  # which clips their gradients
             self.running.project_gradients()

@@ -152,6 +152,31 @@ def test_the_rank_of_an_alarm_is_possible_and_forgotten_when_it_is_over(texts, t
     assert after == before
 
 
+class Halves(Confined):
+    """Halves the weights of all matrices after step 8."""
+
+    @torch.no_grad()
+    def on_step_end(self, state: Any) -> None:
+        if state.step == 6:
+            super().on_step_end(state)
+        if state.step == 8:
+            targets = self.svd.running.targets.values()
+            self.halved = [float(target.W.mul_(0.5).norm()) for target in targets if target.lowrank]
+
+
+def test_weights_that_a_hook_has_changed_stay_changed_in_low_rank_mode(texts, tmp_path, caplog) -> None:
+    """The next step wrote W_p + B A over them, and nobody said so."""
+    settings = shift_settings(texts, svd_interference_every=0, svd_targets="attn")
+    settings["train"]["num_iterations"] = 9
+    settings["optim"] |= {"matrix_lr": 1e-6}
+    halves = Halves(SVDConfig(**settings["svd"]))
+    shift_trainer(tmp_path / "run", settings, extra_hooks=[halves]).fit()
+    targets = halves.svd.running.targets.values()
+    assert len(halves.halved) == len(targets)
+    assert [float(target.W.detach().norm()) for target in targets] == pytest.approx(halves.halved, rel=1e-2)
+    assert "was written between two steps" in caplog.text
+
+
 def saved(trainer: Trainer) -> dict[str, Any]:
     checkpoint = trainer.store.load(STEPS)
     state = {key: value for key, value in checkpoint.state.items() if key not in ("run_seconds", "metrics")}
