@@ -129,7 +129,7 @@ class AttachedSVD(AdaptiveSVD):
         self._in_step = True
         if self._shards is not None and self._shards.stale:
             self._shards.read_weights()
-        self._transitions.keep_foreign_writes(self.targets.values())
+        self.keep_foreign_writes()
 
     def _projecting(self, optimizer: torch.optim.Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
         def closure_then_project() -> Any:

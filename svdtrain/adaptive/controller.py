@@ -59,6 +59,8 @@ class AdaptiveSVD:
         self.targets = {name: Target(name=name, W=W) for name, W in found.items()}
         self._optimizer = optimizer
         self._adapter: Adapter = adapter or self._default_adapter(optimizer, found)
+        self.optimizer_has_factors = not self._adapter.host_clears_gradients
+        """Whether B and A stand in the optimizer in W's place; else they are stepped beside it."""
         self._transitions = Transitions(self.config, self._adapter)
         self.watching = self.config.svd_preset != "off"
         """Set it to False to look at nothing and decide nothing for a while; low-rank matrices train on as they are."""
@@ -80,6 +82,10 @@ class AdaptiveSVD:
 
     # --- the training loop calls these ---
 
+    def keep_foreign_writes(self) -> None:
+        """Before a step: what somebody else has written to a low-rank W since the last one stays, with a warning."""
+        self._transitions.keep_foreign_writes(self.targets.values())
+
     def project_gradients(self) -> None:
         """B.grad and A.grad from G for every low-rank matrix; call once a step, with G averaged and complete."""
         lowrank = self._factors()
@@ -91,8 +97,7 @@ class AdaptiveSVD:
 
     def after_step(self, step: int, stepped: bool = True) -> list[Change]:
         """Write W from B and A; look at every matrix; at `step % svd_interval == 0` decide and switch. `stepped=False`:
-        the step was vetoed; nothing is merged or looked at. Gradients that `optimizer.zero_grad` cannot reach are
-        dropped."""
+        the step was vetoed; nothing is merged or looked at. Gradients that zero_grad cannot reach are dropped."""
         changes: list[Change] = []
         if stepped:
             self._apply_step()
@@ -131,7 +136,7 @@ class AdaptiveSVD:
         """Drop B.grad and A.grad of the low-rank matrices, and W.grad where the host's zero_grad misses it."""
         for factors in self._factors():
             factors.clear_gradients()
-            if not self._adapter.host_clears_gradients:
+            if self.optimizer_has_factors:
                 factors.W.grad = None
 
     def set_mode(self, name: str, r: int | None) -> None:
@@ -152,8 +157,12 @@ class AdaptiveSVD:
         if isinstance(outcome, str):
             raise ValueError(f"{name!r} cannot be decomposed: {outcome}")
         self._transitions.carry_out([Move(target=target, r=r, decomposition=outcome)])
-        target.r = r
-        if self._monitor is not None:
+        self.analyse_at(name, r)
+
+    def analyse_at(self, name: str, r: int | None) -> None:
+        """The rank that the next decision starts from, whatever the mode; None: as if there had been no decision."""
+        self.targets[name].r = r
+        if self._monitor is not None and r is not None:
             self._monitor.set_ranks({name: r})
 
     def protect_inputs(self, name: str) -> None:
@@ -355,27 +364,19 @@ class AdaptiveSVD:
     def _remember(self, decision: Decision, extras: Mapping[str, float] | None = None) -> None:
         target = decision.target
         target.r = decision.r
-        numbers = dict(vars(decision.measured))  # not dataclasses.asdict, which copies deeply and takes a while
-        del numbers["r_next"]
-        target.metrics = {
-            **{key: float(value) for key, value in numbers.items()}, **(extras or {}), **target.drift,
-            "r": float(decision.r), "mode": float(target.lowrank),
-        }  # fmt: skip
+        # Not dataclasses.asdict, which copies deeply and takes a while.
+        numbers = {key: float(value) for key, value in vars(decision.measured).items() if key != "r_next"}
+        state = {"r": float(decision.r), "mode": float(target.lowrank)}
+        target.metrics = {**numbers, **(extras or {}), **target.drift, **state}
 
     def _ask_policy(self, target: Target, measured: Measurement, r: int, step: int) -> tuple[bool, int, dict[str, Any]]:
         config = self.config
         target.analyses_in_mode += 1
         use_lowrank, r_next, diagnostics = should_use_lowrank_training(
-            measured,
-            config.thresholds,
-            lowrank=target.lowrank,
-            r=r,
-            step=step,
-            warmup=config.svd_warmup,
-            calibrated=config.calibrated,
+            measured, config.thresholds, lowrank=target.lowrank, r=r, step=step, warmup=config.svd_warmup,
+            calibrated=config.calibrated, min_dwell=config.svd_min_dwell,
             analyses_in_mode=target.analyses_in_mode if target.num_switches else None,
-            min_dwell=config.svd_min_dwell,
-        )
+        )  # fmt: skip
         logger.debug("step %d, %s: %s", step, target.name, diagnostics)
         if not config.svd_switching or target.name in self.held:
             use_lowrank = target.lowrank

@@ -31,8 +31,16 @@ class AdaptiveSVDHook(Hook):
             self.controller.load_state_dict(self._saved)
         self._publish_substitutes(state)
 
+    def on_step_start(self, state: TrainState) -> None:
+        self.running.keep_foreign_writes()  # a hook may have changed weights after the last step
+
     def on_backward_end(self, state: TrainState) -> None:
-        self.running.project_gradients()
+        if self.running.optimizer_has_factors:  # which clips their gradients
+            self.running.project_gradients()
+
+    def on_before_optimizer_step(self, state: TrainState) -> None:
+        if not self.running.optimizer_has_factors:  # from the gradient of W as it was clipped
+            self.running.project_gradients()
 
     def on_optimizer_step_end(self, state: TrainState, stepped: bool) -> None:
         changes = self.running.after_step(state.step, stepped)
@@ -53,13 +61,15 @@ class AdaptiveSVDHook(Hook):
             state.log("svd", {key: _short(value) for key, value in self.running.metrics().items()})
 
     def switch(self, state: TrainState, name: str, mode: Literal["lowrank", "protect", "full"], *, reason: str) -> None:
-        """Put one matrix into a mode by hand, between steps, and announce it. lowrank: at `svd_alarm_rank`."""
+        """Put one matrix into a mode by hand, between steps, and announce it. lowrank: at `svd_alarm_rank`, as
+        far as `svd_min_rank` and the matrix allow."""
         target = self.running.targets[name]
         before = target.num_free_directions
         if mode == "protect":
             self.running.protect_inputs(name)
         else:
-            r = max(1, round(self.config.svd_alarm_rank * min(target.W.shape)))
+            g = min(target.W.shape)
+            r = min(max(round(self.config.svd_alarm_rank * g), self.config.svd_min_rank), g - 1)
             self.running.set_mode(name, r if mode == "lowrank" else None)
         self._publish_substitutes(state)
         kind = "to_full" if mode == "full" else "to_lowrank"
@@ -79,12 +89,14 @@ class AdaptiveSVDHook(Hook):
         return self.controller
 
     def _publish_substitutes(self, state: TrainState) -> None:
-        """Tell the trainer which parameters the optimizer trains in place of the model's own."""
+        """Tell the trainer which parameters the optimizer trains in place of the model's own, if any."""
+        targets = self.running.targets.values()
+        state.num_lowrank = sum(target.lowrank for target in targets)
         names = {id(p): name for name, p in state.model.named_parameters()}
         state.substitutes = {
             names[id(target.W)]: (target.factors.B, target.factors.A)
-            for target in self.running.targets.values()
-            if target.factors is not None
+            for target in targets
+            if target.factors is not None and self.running.optimizer_has_factors
         }
 
 

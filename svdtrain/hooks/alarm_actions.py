@@ -50,7 +50,8 @@ class _Idle:
 class Confine(_Idle):
     """lowrank: train the named matrices at a low rank. protect: keep updates out of their first-seen inputs.
 
-    Confined matrices stay so, whatever the policy says, until the alarm is over; then they go back to full training.
+    Confined matrices stay so, whatever the policy says, until the alarm is over; then they go back to full training,
+    and are analysed at the rank that they had before.
     Matrices that were confined already stay as they are.
     """
 
@@ -58,7 +59,8 @@ class Confine(_Idle):
         self.name = name
         self._mode: Literal["lowrank", "protect"] = name
         self._svd = svd
-        self._moved: list[str] = []
+        self._moved: dict[str, int | None] = {}
+        """Their r before."""
 
     def begin(self, state: TrainState, names: Sequence[str], finding: Finding) -> None:
         controller = self._svd.running
@@ -67,28 +69,29 @@ class Confine(_Idle):
             free = [name for name in free if name in finding.covariances]
             controller.set_references({name: finding.covariances[name] for name in free})
         for name in free:
+            self._moved[name] = controller.targets[name].r
             self._svd.switch(state, name, self._mode, reason=REASON)
-            self._moved.append(name)
         controller.held.update(free)
 
     def end(self, state: TrainState) -> None:
         controller = self._svd.running
-        for name in self._moved:
+        for name, r in self._moved.items():
             if controller.targets[name].lowrank:
                 self._svd.switch(state, name, "full", reason=f"{REASON} over")
+            controller.analyse_at(name, r)
         controller.held.difference_update(self._moved)
-        self._moved = []
+        self._moved = {}
 
     def resume(self, state: TrainState) -> None:
         self._svd.running.held.update(self._moved)
 
     def state_dict(self) -> dict[str, Any]:
         """Primitives."""
-        return {"moved": list(self._moved)}
+        return {"moved": list(self._moved), "ranks": dict(self._moved)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`."""
-        self._moved = list(state["moved"])
+        self._moved = {name: state.get("ranks", {}).get(name) for name in state["moved"]}
 
 
 class Replay(_Idle):

@@ -102,7 +102,7 @@ class ConsoleSink(Hook):
             f"loss {metrics.get('train/loss_ema', float('nan')):.3f}",
             f"bpb {self.last_bpb:.3f}" if self.last_bpb is not None else "bpb -",
             f"{metrics.get('train/tok_per_sec', 0):,.0f} tok/s",
-            f"low-rank {len(state.substitutes)}",
+            f"low-rank {state.num_lowrank}",
             f"ETA {format_seconds(seconds_left)}",
         ]
         return " | ".join(parts)
@@ -116,7 +116,7 @@ class ConsoleSink(Hook):
         table.add_row("steps", f"{state.step} of {state.num_iterations}")
         table.add_row("time", f"{format_seconds(seconds)} ({tokens / seconds:,.0f} tokens/s, evaluation included)")
         table.add_row("val bpb", _bpb_row(self.first_bpb, self.last_bpb))
-        table.add_row("switches", f"{self.num_switches}; {len(state.substitutes)} matrices low-rank now")
+        table.add_row("switches", f"{self.num_switches}; {state.num_lowrank} matrices low-rank now")
         if self.sample is not None:
             table.add_row("sample", escape(self.sample[0] + self.sample[1]))
         table.add_row("run directory", escape(str(state.run.path)))

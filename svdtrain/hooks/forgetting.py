@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from svdtrain.spectral.null import functional_drift
 from svdtrain.trainer.distributed import sum_over_ranks
 from svdtrain.trainer.hooks import Hook, Priority
 from svdtrain.trainer.state import ReplayableStream, TrainState
+
+logger = logging.getLogger(__name__)
 
 _CONTROL_EVERY = 5  # measurements; the control set moves slowly and decides nothing
 
@@ -65,14 +68,16 @@ class ForgettingHook(Hook):
         self.first_seen = FirstSeen(state, self.config, stream, self._control_rows)
         self._seen_after = math.ceil(self.first_seen.counts.probe / stream.batch_size)
         self._layers: dict[str, nn.Module] = linear_layers(state.model, self.targets)
-        world = state.world
+        counts, world = self.first_seen.counts, state.world
+        self._rows = {"probe": counts.probe, "reference": counts.reference, "ranks": world.size}
+        """What was measured belongs to these, and the last gradient to this rank's share of the reference rows."""
         self.interference = Interference(
             self.targets,
             self.first_seen.reference_losses(),
             average=lambda values: sum_over_ranks(values, world) / world.size,
         )
         if self._saved is not None:
-            self.interference.load_state_dict(self._saved)
+            self._go_on(self._saved)
             self._saved = None
 
     def on_step_start(self, state: TrainState) -> None:
@@ -111,6 +116,7 @@ class ForgettingHook(Hook):
     def state_dict(self) -> dict[str, Any]:
         self._begin_window()  # a checkpoint lies between two steps
         return {
+            "rows": dict(self._rows),
             "interference": self.interference.state_dict(),
             "best": self._best,
             "last": self._last,
@@ -118,9 +124,19 @@ class ForgettingHook(Hook):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._saved = state["interference"]
-        self._best, self._last = state["best"], state["last"]
-        self._num_measurements = state["num_measurements"]
+        self._saved = state
+
+    def _go_on(self, saved: dict[str, Any]) -> None:
+        """From what was measured before, as far as it was measured with the same rows."""
+        was, now = saved.get("rows", self._rows), self._rows
+        self._num_measurements = saved["num_measurements"]
+        if was["probe"] == now["probe"]:
+            self._best, self._last = saved["best"], saved["last"]
+        else:
+            said = "%d probe rows were followed before, now %d: harm is counted from here on"
+            logger.warning(said, was["probe"], now["probe"])
+        if was == now:
+            self.interference.load_state_dict(saved["interference"])
 
     def _begin_window(self) -> None:
         if self.newest is not None:

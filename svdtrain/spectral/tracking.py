@@ -45,7 +45,8 @@ log = logging.getLogger(__name__)
 _STAGGER, _STAGGER_ON_CPU = 4, 2
 _ITERATIONS, _ITERATIONS_ON_CPU = 8, 4
 _UPDATE, _GRADIENT = "update/", "gradient/"
-_RESIDUAL = SLOW_COLUMNS.index("residual")
+_RESIDUAL, _UPDATE_RATIO = SLOW_COLUMNS.index("residual"), SLOW_COLUMNS.index("update_ratio")
+_MOVED = 0.25  # relative size of an update from which the tail of the spectrum, which is not tracked, has another shape
 
 
 class SubspaceTracker:
@@ -344,7 +345,8 @@ class SubspaceTracker:
             row.exact_next = False
         else:
             row.age += 1
-            row.exact_next = result.table[_RESIDUAL] > self.settings.residual_tolerance
+            residual, moved = result.table[_RESIDUAL], result.table[_UPDATE_RATIO]
+            row.exact_next = residual > self.settings.residual_tolerance or moved > _MOVED
         return True
 
 

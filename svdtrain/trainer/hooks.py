@@ -165,6 +165,9 @@ class HookEngine:
         by_name = {hook.name: hook for hook in self.hooks}
         unknown = sorted(set(states) - set(by_name))
         if unknown:
-            raise ValueError(f"the checkpoint holds state of hooks that this run does not have: {unknown}")
+            raise ValueError(
+                f"the checkpoint holds state of hooks that this run does not have: {unknown}; resume with the hooks "
+                "that it was saved with, and the settings that bring them (such as svd_preset, svd_interference_every)"
+            )
         for name, state in states.items():
             by_name[name].load_state_dict(state)

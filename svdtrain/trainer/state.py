@@ -135,6 +135,8 @@ class TrainState:
     """Newest value of every logged metric."""
     substitutes: dict[str, tuple[nn.Parameter, ...]] = field(default_factory=dict)
     """Model parameter name -> parameters that the optimizer trains in its place."""
+    num_lowrank: int = 0
+    """Matrices that are trained in part only, in whatever way."""
     resumed_from: int | None = None
     """Step of the checkpoint this process started from."""
     run_seconds: float = 0.0

@@ -60,6 +60,39 @@ def test_the_checkpoint_is_plain_merged_weights(tmp_path, corpus) -> None:
     model.load_state_dict(weights)  # same names, nothing more and nothing less
 
 
+@pytest.mark.parametrize(
+    "svd", [{"svd_adapter": "shadow"}, {"svd_protect": "core"}, {"svd_adapter": "shadow", "svd_match_rms": True}]
+)
+def test_low_rank_matrices_are_trained_and_counted_in_every_way(tmp_path, corpus, capsys, svd) -> None:
+    """Shadow, whose B and A the optimizer does not have, ended the run at its first switch."""
+    flags = arguments(tmp_path, corpus, svd={"svd_on_alarm": "none", **svd}, train={"num_iterations": 11})
+    assert main(flags) == 0
+    run = tmp_path / "run"
+    last = {key: value for key, value in records(run, "svd")[-1].items() if key.endswith("/mode")}
+    assert any(s["change"] == "to_lowrank" for s in records(run, "switch"))
+    assert sum(last.values()) > 0
+    assert f"{int(sum(last.values()))} matrices low-rank now" in capsys.readouterr().out
+
+
+def test_shadow_clips_what_it_steps(tmp_path, corpus, monkeypatch) -> None:
+    """B and A get their gradients from that of W as it was clipped: an update as small as the clipped gradient."""
+    from svdtrain.adaptive import Shadow
+
+    norms, step = [], Shadow.after_step
+
+    def noted(self) -> None:
+        for factors in self._lowrank.values():
+            norms.append(float(factors.B.grad.norm() / (factors.A.detach().norm() * factors.W.grad.norm())))
+        step(self)
+
+    monkeypatch.setattr(Shadow, "after_step", noted)
+    svd = {"svd_adapter": "shadow", "svd_on_alarm": "none"}
+    flags = arguments(tmp_path, corpus, svd=svd, optim={"clip_grad_norm": 1e-3}, train={"num_iterations": 11})
+    assert main(flags) == 0
+    assert norms
+    assert max(norms) <= 1  # ||G A^T|| <= ||G|| ||A||, of the same G
+
+
 def test_svd_off_and_watch_only_never_switch_and_give_equal_losses(tmp_path, corpus) -> None:
     losses = []
     for name, svd in (("off", {"svd_preset": "off"}), ("watch", {"svd_switching": False})):

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from svdtrain.config import SVDConfig
+from svdtrain.hooks.adaptive_svd import AdaptiveSVDHook
 from svdtrain.hooks.alarm import AlarmHook
-from svdtrain.hooks.alarm_actions import LearningRate
+from svdtrain.hooks.alarm_actions import Confine, LearningRate
 from svdtrain.trainer.hooks import Hook
 from svdtrain.trainer.loop import Trainer
 from tests.main_job import records
@@ -109,6 +111,70 @@ def test_resume_is_exact_around_the_alarm(runs, texts, tmp_path, name, offset) -
     assert resumed.state.resumed_from == stop
     assert_same(saved(straight), saved(resumed))
     assert resumed.state.stream.schedule == straight.state.stream.schedule
+
+
+class Confined(Hook):
+    """Holds all matrices from after step 6 to after step 8, and notes their ranks."""
+
+    name = "confined"
+
+    def __init__(self, config: SVDConfig) -> None:
+        self.svd = AdaptiveSVDHook(config)
+        self.confine = Confine("lowrank", self.svd)
+        self.analysed: list[dict[str, int | None]] = []
+        self.trained: set[int] = set()
+
+    def on_step_end(self, state: Any) -> None:
+        self.svd.controller = next(h for h in state.engine.hooks if h.name == "adaptive_svd").running
+        targets = self.svd.running.targets
+        if state.step in (6, 8):
+            self.analysed.append({name: target.r for name, target in targets.items()})
+        if state.step == 6:
+            self.confine.begin(state, list(targets), None)  # type: ignore[arg-type]
+            self.trained = {target.num_free_directions for target in targets.values()}
+            self.confine.load_state_dict(self.confine.state_dict())
+        if state.step == 8:
+            self.confine.end(state)
+            self.analysed.append({name: target.r for name, target in targets.items()})
+
+
+@pytest.mark.parametrize(("share", "min_rank", "r"), [(0.25, 8, 32), (0.01, 8, 8), (0.999, 8, 127)])
+def test_the_rank_of_an_alarm_is_possible_and_forgotten_when_it_is_over(texts, tmp_path, share, min_rank, r) -> None:
+    """.999 of 128 rounds to 128, which ended the run; .25 stayed the rank of every later analysis."""
+    settings = shift_settings(texts, svd_alarm_rank=share, svd_min_rank=min_rank)
+    settings["train"]["num_iterations"] = 9
+    settings["svd"] |= {"svd_interval": 4, "svd_interference_every": 0, "svd_targets": "attn"}
+    confined = Confined(SVDConfig(**settings["svd"]))
+    shift_trainer(tmp_path / "run", settings, extra_hooks=[confined]).fit()
+    before, _, after = confined.analysed
+    assert confined.trained == {r}
+    assert any(value not in (None, r) for value in before.values())
+    assert after == before
+
+
+class Halves(Confined):
+    """Halves the weights of all matrices after step 8."""
+
+    @torch.no_grad()
+    def on_step_end(self, state: Any) -> None:
+        if state.step == 6:
+            super().on_step_end(state)
+        if state.step == 8:
+            targets = self.svd.running.targets.values()
+            self.halved = [float(target.W.mul_(0.5).norm()) for target in targets if target.lowrank]
+
+
+def test_weights_that_a_hook_has_changed_stay_changed_in_low_rank_mode(texts, tmp_path, caplog) -> None:
+    """The next step wrote W_p + B A over them, and nobody said so."""
+    settings = shift_settings(texts, svd_interference_every=0, svd_targets="attn")
+    settings["train"]["num_iterations"] = 9
+    settings["optim"] |= {"matrix_lr": 1e-6}
+    halves = Halves(SVDConfig(**settings["svd"]))
+    shift_trainer(tmp_path / "run", settings, extra_hooks=[halves]).fit()
+    targets = halves.svd.running.targets.values()
+    assert len(halves.halved) == len(targets)
+    assert [float(target.W.detach().norm()) for target in targets] == pytest.approx(halves.halved, rel=1e-2)
+    assert "was written between two steps" in caplog.text
 
 
 def saved(trainer: Trainer) -> dict[str, Any]:

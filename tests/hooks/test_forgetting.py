@@ -86,6 +86,30 @@ def test_losses_are_those_of_the_first_rows_and_the_schedule_is_kept(corpus, tmp
         assert record["forgetting/seconds"] >= record["interference/seconds"] > 0
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "keeps_harm"),
+    [((8, 1), (4, 1), False), ((1, 1), (4, 1), False), ((8, 1), (8, 4), True), ((8, 1), (8, 1), True)],
+    ids=["fewer-probe", "one-probe", "more-reference", "same"],
+)
+def test_a_resume_with_other_rows_compares_nothing_with_the_old_ones(
+    corpus, tmp_path, caplog, before: tuple[int, int], after: tuple[int, int], keeps_harm: bool
+) -> None:
+    """Losses of 8 rows less those of 4 ended the run; of one row less those of 4, or of other reference rows, gave a
+    number."""
+
+    def with_rows(rows: tuple[int, int]) -> dict[str, Any]:
+        return settings(corpus, svd_probe_rows=rows[0], svd_reference_rows=rows[1])
+
+    first = with_rows(before)
+    first["train"]["num_iterations"] = 7
+    tiny_trainer(tmp_path / "run", first).fit()
+    tiny_trainer(tmp_path / "run", with_rows(after)).fit(resume=True)
+    record = next(r for r in records(tmp_path / "run", "forgetting") if r["step"] > 7)
+    assert ("probe/rise" in record) == keeps_harm
+    assert ("reference/loss_change" in record) == ("interference/total" in record) == (before == after)
+    assert ("probe rows were followed before" in caplog.text) != keeps_harm
+
+
 def test_the_control_set_is_validation_text(corpus, tmp_path) -> None:
     trainer = tiny_trainer(tmp_path / "run", settings(corpus))
     trainer.fit()

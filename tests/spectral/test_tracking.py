@@ -186,6 +186,24 @@ def test_a_new_direction_is_found_without_an_exact_analysis() -> None:
     assert values["update_share"] == pytest.approx(1, abs=0.05)
 
 
+def test_the_spectrum_of_a_matrix_that_became_another_one_is_decomposed_anew() -> None:
+    """Projections start at zero: their first updates are most of them, in directions that are not tracked. The values
+    behind the tracked ones kept the shape of the first analysis for twenty more, ten times too small at the end."""
+    start = (gaussian(SIZE, 24, seed=81) @ gaussian(24, SIZE, seed=82)).float()
+    start += 1e-3 * start.norm() / SIZE * gaussian(SIZE, SIZE, seed=83).float()
+    tracker = tracker_for({"w": start}, k=8, exact_every=100, oversample=16)
+    tracker.analyse(0, {"w": start})
+    after = start + 0.4 * start.norm() / SIZE * gaussian(SIZE, SIZE, seed=84).float()
+    flags = []
+    for step in (1, 2, 3):
+        tracker.analyse(step, {"w": after})
+        flags.append(tracker.poll()[-1].values["w"]["exact"])
+    assert flags == [0, 1, 0]
+    truth = torch.linalg.svdvals(after.double())
+    found = tracker.spectrum("w").double()
+    assert float(found[-SIZE // 8 :].norm()) == pytest.approx(float(truth[-SIZE // 8 :].norm()), rel=1e-3)
+
+
 def test_warm_errors_do_not_add_up() -> None:
     """Thirty analyses without an exact one end as close as the first."""
     weights = {"q": make_weights()["q"]}
