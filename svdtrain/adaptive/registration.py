@@ -96,8 +96,10 @@ class Reregister:
     host_clears_gradients = False
 
     def __init__(self, optimizer: torch.optim.Optimizer, targets: Mapping[str, nn.Parameter], moments: Moments) -> None:
-        """Raises ValueError when a target is not in the optimizer."""
+        """Raises ValueError when a target is not in the optimizer, or its state is not kept by parameter."""
         check_ownership(optimizer, targets)
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ValueError("LBFGS keeps one state for all parameters: svd_adapter=reregister cannot change them")
         self._optimizer = optimizer
         self._moments: Moments = moments
         target_ids = {id(W) for W in targets.values()}
