@@ -45,6 +45,7 @@ class FactoredWeight:
         self.A = nn.Parameter(A.to(W.dtype))
         self.W_p = self._remainder()
         self._version: int | None = W._version
+        self.merged_norm: Tensor | None = None
 
     @classmethod
     def split(cls, W: nn.Parameter, decomposition: Decomposition, r: int, protect: str = "minor") -> FactoredWeight:
@@ -61,7 +62,7 @@ class FactoredWeight:
         factors.W = W
         factors.W_p, B, A = (saved.to(W.device, copy=True).contiguous() for saved in (W_p, B, A))
         factors.B, factors.A = nn.Parameter(B), nn.Parameter(A)
-        factors._version = None
+        factors._version = factors.merged_norm = None
         return factors
 
     @property
@@ -99,14 +100,16 @@ class FactoredWeight:
 
     def mark_merged(self) -> None:
         """W holds what it should; whoever writes it from now on is somebody else."""
-        self._version = self.W._version
+        self._version, self.merged_norm = self.W._version, None
+
+    @property
+    def counted_a_write(self) -> bool:
+        """Whether PyTorch has counted a write to W since it was merged. It counts none that goes through `.data`."""
+        return self._version != self.W._version
 
     def take_up_foreign_write(self) -> float:
         """Keep what somebody else has written to W since it was merged (a checkpoint loaded, a constraint), which the
-        next merge would undo: W_p = W - B A. Relative size of the change; 0 where there was none, which PyTorch's count
-        of writes tells without reading W, or none beyond rounding."""
-        if self._version == self.W._version:
-            return 0.0
+        next merge would undo: W_p = W - B A. Relative size of the change; 0 where there was none beyond rounding."""
         dense, known = self.dense(), self._version is not None
         self.mark_merged()
         W = self.W.detach().to(dense.dtype)

@@ -65,10 +65,35 @@ def merge(lowrank: Sequence[FactoredWeight]) -> None:
             factors.mark_merged()
 
 
+def note_norms(lowrank: Sequence[FactoredWeight]) -> None:
+    """||W||_F of each that has been merged since the last call, for `rewritten`."""
+    merged = [factors for factors in lowrank if factors.merged_norm is None]
+    for factors, norm in zip(merged, _norms(merged), strict=True):
+        factors.merged_norm = norm
+
+
+def rewritten(lowrank: Sequence[FactoredWeight], *, wait: bool) -> list[FactoredWeight]:
+    """Those that somebody has written since they were merged: by PyTorch's count of writes, and by the norm where the
+    count does not tell (`p.data.clamp_()`). Norms of another device than the CPU are looked at only with `wait`."""
+    found = [factors.counted_a_write for factors in lowrank]
+    known = [i for i, f in enumerate(lowrank) if f.merged_norm is not None and (wait or f.W.device.type == "cpu")]
+    for device in {lowrank[i].W.device for i in known}:
+        there = [i for i in known if lowrank[i].W.device == device]
+        now = torch.stack(_norms([lowrank[i] for i in there]))
+        before = torch.stack([norm for i in there if (norm := lowrank[i].merged_norm) is not None])
+        for i, differs in zip(there, ((now != before) & ~before.isnan()).tolist(), strict=True):
+            found[i] = found[i] or differs
+    return [factors for factors, written in zip(lowrank, found, strict=True) if written]
+
+
+def _norms(lowrank: Sequence[FactoredWeight]) -> list[Tensor]:
+    return list(torch._foreach_norm([f.W.detach() for f in lowrank], dtype=torch.float64)) if lowrank else []
+
+
 def remember(lowrank: Sequence[FactoredWeight]) -> list[Before]:
-    """Those that have gradients as they are now, for `match_updates`."""
+    """These as they are now, for `match_updates`."""
     kept = []
-    for alike in _alike([factors for factors in lowrank if factors.B.grad is not None]):
+    for alike in _alike(lowrank):
         B, A = _factor_stacks(alike)
         kept.append(Before(lowrank=alike, B=B, A=A, W=torch.stack([factors.W.detach() for factors in alike])))
     return kept

@@ -203,6 +203,8 @@ class Reregister:
         for index, original in self._original.items():
             group = self._optimizer.param_groups[index]
             known = factor_ids | {id(p) for p in original}
+            present = {id(p) for p in group["params"]} | {id(f.W) for f in self._last_laid_out}
+            original[:] = [p for p in original if id(p) in present]  # taken out by the user since
             original += [p for p in group["params"] if id(p) not in known]  # added by the user since
             expected |= {id(p) for p in original}
             _set_params(group, [t for p in original for t in self._trained(p)], self._names | self._factor_names())

@@ -91,6 +91,8 @@ class Shadow:
         together: dict[int, list[tuple[nn.Parameter, State]]] = {}
         for name in (name for name in self._names.values() if name in self._lowrank):
             factors = self._lowrank[name]
+            if id(self._owned[id(factors.W)]) not in groups:  # taken out by the host, which so leaves it as it is
+                continue
             pairs = zip((factors.B, factors.A), self._state[name], strict=True)
             mine = together.setdefault(id(groups[id(self._owned[id(factors.W)])]), [])
             mine += [(p, state) for p, state in pairs if p.grad is not None]
@@ -144,8 +146,9 @@ class Shadow:
     def _used_host_state(self, owned: nn.Parameter, groups: Mapping[int, dict[str, Any]]) -> State | None:
         """What the host has for this parameter and the rule for B and A uses; None where it is not all of that. A
         first moment without its second, or without its count of steps, would be divided by nearly nothing."""
-        state = self._optimizer.state.get(owned) or {}
-        group = groups[id(owned)]
+        state, group = self._optimizer.state.get(owned), groups.get(id(owned))
+        if not state or group is None:
+            return None
         _, keys = rule_for(group, self._optimizer)
         wanted = keys if group.get("amsgrad") else keys - {"max_exp_avg_sq"}
         return {key: whole(state[key]) for key in state if key in wanted} if wanted <= state.keys() else None

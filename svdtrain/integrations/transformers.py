@@ -30,9 +30,7 @@ class SVDCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attach; where the trainer resumed, load the state saved with the checkpoint."""
-        optimizer = kwargs["optimizer"]
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it; the hooks belong to the inner one
-        self.svd = attach(kwargs["model"], optimizer, self.config, log=log.info)
+        self.svd = attach(kwargs["model"], kwargs["optimizer"], self.config, log=log.info)
         if state.global_step > 0:
             self._load(_checkpoint(args, state), self.svd)
 
