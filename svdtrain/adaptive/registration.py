@@ -155,12 +155,14 @@ class Reregister:
                 self._optimizer.state[leaving[i].W] = state
 
     def restore(self, lowrank: list[FactoredWeight]) -> None:
-        """The layout for these low-rank matrices; `optimizer.load_state_dict` fits exactly afterwards."""
-        for factors in self._lowrank.values():
-            self._optimizer.state.pop(factors.B, None)
-            self._optimizer.state.pop(factors.A, None)
+        """The layout for these low-rank matrices; `optimizer.load_state_dict` fits exactly afterwards. Where it came
+        first and fitted the layout before, the state of B and A stays with them."""
+        taken = {key: (factors, self._take(factors)) for key, factors in self._lowrank.items()}
         for factors in lowrank:
             self._optimizer.state.pop(factors.W, None)
+            before, pair = taken.get(id(factors.W), (None, ({}, {})))
+            if before is not None and before.r == factors.r and all(pair):
+                self._optimizer.state[factors.B], self._optimizer.state[factors.A] = pair
         self._lowrank = {id(factors.W): factors for factors in lowrank}
         self._lay_out()
 
