@@ -233,7 +233,7 @@ class AttachedSVD(AdaptiveSVD):
             raise ValueError("this state was saved by a trainer and not by svdtrain.attach: it has no count of steps")
         super().load_state_dict(state)
         if self._shards is not None:
-            self._shards.stale = True
+            self._shards.forget()
         self.step = state["step"]
         if self.interference is not None and "interference_window" in state:
             self.interference.load_state_dict(state["interference_window"])
