@@ -86,7 +86,7 @@ class AttachedSVD(AdaptiveSVD):
         equal state everywhere."""
         if not self._average_gradients:
             return holds
-        return (_mean_over_ranks(torch.tensor(holds, dtype=torch.float32)) == 1).tolist()
+        return (_mean_over_ranks(torch.tensor(holds, dtype=torch.float32, device="cpu")) == 1).tolist()
 
     def _take(self, found: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
         """Whole copies stand for parameters that FSDP2 has sharded."""

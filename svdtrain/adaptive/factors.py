@@ -174,7 +174,8 @@ def trained_columns(protect: str, g: int, r: int) -> slice | Tensor:
     fixed draw, the same at every call and nested in r (the control).
     """
     if protect == "random":
-        return torch.randperm(g, generator=torch.Generator().manual_seed(g))[:r].sort().values
+        generator = torch.Generator().manual_seed(g)
+        return torch.randperm(g, generator=generator, device="cpu")[:r].sort().values
     first = {"minor": g - r, "principal": 0, "middle": (g - r) // 2}
     if protect not in first:
         raise ValueError(f"protect={protect!r} does not name a set of singular directions: {[*first, 'random']}")

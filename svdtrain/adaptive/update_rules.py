@@ -76,7 +76,7 @@ def _adam(function: Callable[..., None], params: Sequence[nn.Parameter], states:
     amsgrad = bool(group.get("amsgrad", False))
     for p, state in zip(params, states, strict=True):
         # A host may count with an int, or on the device for its fused kernel; the plain kernels want a CPU tensor.
-        state["step"] = torch.as_tensor(state.get("step", 0.0), dtype=torch.float32).cpu()
+        state["step"] = torch.as_tensor(state.get("step", 0.0), dtype=torch.float32, device="cpu")
         for key in ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if amsgrad else ())):
             _start_at_zero(state, key, p)
     for alike, own in _taken_apart(params, states, [("any", p.numel()) for p in params]):

@@ -156,6 +156,29 @@ def test_what_is_detached_says_so_and_stays_so() -> None:
         attach(model, optimizer)
 
 
+def trained_under(default_device: str) -> list[torch.Tensor]:
+    """Everything that the method does, while new tensors go somewhere else by default."""
+    model, (x, y) = make_toy(), batch(0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    config = SVDConfig(svd_interval=3, svd_warmup=0, svd_interference_every=2, svd_protect="random")
+    batches = [batch(step) for step in range(8)]
+    with torch.device(default_device):
+        svd = attach(model, optimizer, config, reference_loss=lambda: (model(x) - y).square().mean())
+        svd.set_mode("h.0.attn.c_q", 6)
+        for inputs, targets in batches:
+            optimizer.zero_grad()
+            (model(inputs) - targets).square().mean().backward()
+            optimizer.step()
+        svd.load_state_dict(copy.deepcopy(svd.state_dict()))
+        assert svd.metrics()
+    return [p.detach() for p in model.parameters()]
+
+
+def test_the_default_device_of_the_loop_does_not_matter() -> None:
+    """torch.set_default_device("cuda") sent what belongs on the host to the GPU."""
+    assert all(torch.equal(p, q) for p, q in zip(trained_under("cpu"), trained_under("meta"), strict=True))
+
+
 def attach_names() -> list[str]:
     model = make_toy()
     return list(attach(model, torch.optim.SGD(model.parameters(), lr=0.1)).targets)
