@@ -103,7 +103,7 @@ class AttachedSVD(AdaptiveSVD):
         if self._shards is not None:
             self._shards.read_weights()
         super().set_mode(name, r)
-        products.note_norms(self._factors())
+        products.note_checksums(self._factors())
 
     def _clearing(self, zero_grad: Callable[..., None]) -> Callable[..., None]:
         """`optimizer.zero_grad` that also reaches each W that is not in the optimizer: a loop that leaves a bad step
@@ -201,7 +201,7 @@ class AttachedSVD(AdaptiveSVD):
             self._shards.read_weights()
         in_part = [target.name for target in self.targets.values() if target.lowrank]
         self.changes += self.after_step(self.step, stepped)
-        products.note_norms(self._factors())
+        products.note_checksums(self._factors())
         if self._shards is not None:
             self._shards.write(in_part)
             self._shards.drop_gradients()
@@ -268,8 +268,10 @@ def attach(
     Gradients are read when `optimizer.step()` is called, so accumulation, clipping, unscaling and averaging before it
     are seen. Pre-step hooks of your own that change gradients belong before this call: hooks run in their order, and
     what comes later reaches W alone, not B and A. Post-step hooks, registered before or after, see the merged weights.
-    `config.svd_adapter` auto means shadow: the host's groups, state
-    and checkpoints stay as they are. To resume, call `load_state_dict` on the result before training goes on.
+    `config.svd_adapter` auto means shadow: the host's groups, state and checkpoints stay as they are. With reregister,
+    clipping must go over `model.parameters()`: those of the optimizer have no gradients yet. What others write to a
+    low-rank matrix between two steps stays, with a warning; through `p.data` on a GPU only before the steps that
+    decide, and in FSDP2's shards not at all. To resume, call `load_state_dict` on the result before training goes on.
     `average_gradients`: for data-parallel hosts whose optimizer averages gradients inside its own step, so that each
     rank holds its own before it. Parameters that FSDP2 has sharded (DTensor) work with the shadow adapter; each
     watched one is then also held whole on every rank.

@@ -45,7 +45,7 @@ class FactoredWeight:
         self.A = nn.Parameter(A.to(W.dtype))
         self.W_p = self._remainder()
         self._version: int | None = W._version
-        self.merged_norm: Tensor | None = None
+        self.checksum: Tensor | None = None
 
     @classmethod
     def split(cls, W: nn.Parameter, decomposition: Decomposition, r: int, protect: str = "minor") -> FactoredWeight:
@@ -62,7 +62,7 @@ class FactoredWeight:
         factors.W = W
         factors.W_p, B, A = (saved.to(W.device, copy=True).contiguous() for saved in (W_p, B, A))
         factors.B, factors.A = nn.Parameter(B), nn.Parameter(A)
-        factors._version = factors.merged_norm = None
+        factors._version = factors.checksum = None
         return factors
 
     @property
@@ -100,7 +100,7 @@ class FactoredWeight:
 
     def mark_merged(self) -> None:
         """W holds what it should; whoever writes it from now on is somebody else."""
-        self._version, self.merged_norm = self.W._version, None
+        self._version, self.checksum = self.W._version, None
 
     @property
     def counted_a_write(self) -> bool:

@@ -9,11 +9,24 @@ from typing import Any
 import pytest
 import torch
 from adaptive_toy import WATCHED_BY_HAND, Q, Toy, attached, backward, make_toy, one_step, relative
-from torch import Tensor
+from torch import Tensor, nn
 
 from svdtrain.adaptive import products
 from svdtrain.adaptive.attach import attach
+from svdtrain.adaptive.factors import FactoredWeight
 from svdtrain.config import SVDConfig
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(6, 8), (3, 5)])
+def test_any_single_entry_changes_the_checksum(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    """A sign that flips changes no norm; one entry of many changes none in float32."""
+    W = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype))
+    many = [FactoredWeight(W, torch.ones(shape[0], 2), torch.ones(2, shape[1])) for _ in range(2)]
+    products.note_checksums(many)
+    assert products.rewritten(many, wait=False) == []
+    W.data[0, 1] *= -1
+    assert products.rewritten(many, wait=False) == many
 
 
 @pytest.mark.parametrize("assign", [False, True])
@@ -44,8 +57,14 @@ def test_a_device_is_waited_for_at_decisions_only() -> None:
     one_step(model, optimizer)
     model.h[0].attn.c_q.weight.data.mul_(2)
     elsewhere = SimpleNamespace(
-        W=SimpleNamespace(device=torch.device("meta"), detach=factors.W.detach),
-        merged_norm=factors.merged_norm,
+        W=SimpleNamespace(
+            device=torch.device("meta"),
+            shape=factors.W.shape,
+            dtype=factors.W.dtype,
+            numel=factors.W.numel,
+            detach=factors.W.detach,
+        ),
+        checksum=factors.checksum,
         counted_a_write=False,
     )
     assert products.rewritten([elsewhere], wait=False) == []  # type: ignore[list-item]
