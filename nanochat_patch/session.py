@@ -79,14 +79,17 @@ class Session:
     def _attach(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, *, shielded: bool, average: bool
     ) -> AttachedSVD:
-        """Hooks run in the order of registration: the shield's lie around those of `attach`."""
+        """The shield's hooks lie around those of `attach`, of which the post hook puts itself first."""
         shield = GradientShield({}, self._looks_at_gradients)
         if shielded:
             optimizer.register_step_pre_hook(shield.enter)
-            optimizer.register_step_post_hook(shield.show)
         svd = attach(model, optimizer, self.options.svd, log=_say, average_gradients=average)
         if shielded:
             optimizer.register_step_pre_hook(shield.leave)
+            shown = optimizer.register_step_post_hook(shield.show)
+            hooks = shown.hooks_dict_ref()
+            assert hooks is not None
+            hooks.move_to_end(shown.id, last=False)  # attach puts its own first, and looks at the gradients there
             shield.targets = {name: target.W for name, target in svd.targets.items()}
         return svd
 

@@ -6,12 +6,14 @@ import functools
 import math
 import sys
 from collections.abc import Callable, Mapping
+from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from svdtrain.adaptive import products
 from svdtrain.adaptive.controller import AdaptiveSVD
 from svdtrain.adaptive.interference import Interference, Reading, ReferenceLoss
 from svdtrain.adaptive.registration import Adapter, Reregister
@@ -55,8 +57,9 @@ class AttachedSVD(AdaptiveSVD):
             self.interference = Interference(watched, reference_loss, average=_mean_over_ranks)
         self.step = 0
         self.changes: list[Change] = []
-        self._in_step = False
-        """From the first pre hook to the first post hook: where a step calls its parent class's, both fire twice."""
+        self._step_frame: FrameType | None = None
+        """Who called the first pre hook, until the first post hook: where a step calls its parent class's, both fire
+        twice; and after a step that ended in an exception the frame is on nobody's stack."""
         self._zero_grad = optimizer.zero_grad
         if not self._adapter.host_clears_gradients:
             self._zero_grad = self._clearing(optimizer.zero_grad)
@@ -65,6 +68,11 @@ class AttachedSVD(AdaptiveSVD):
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
+        # Before the post hooks that are there already: an average of weights must see the merged W, and what one writes
+        # to W must come after the merge, where it is seen.
+        hooks = self._handles[1].hooks_dict_ref()
+        assert hooks is not None
+        hooks.move_to_end(self._handles[1].id, last=False)
 
     def _default_adapter(self, optimizer: torch.optim.Optimizer, targets: Mapping[str, nn.Parameter]) -> Adapter:
         if self._shards is not None:
@@ -78,7 +86,7 @@ class AttachedSVD(AdaptiveSVD):
         equal state everywhere."""
         if not self._average_gradients:
             return holds
-        return (_mean_over_ranks(torch.tensor(holds, dtype=torch.float32)) == 1).tolist()
+        return (_mean_over_ranks(torch.tensor(holds, dtype=torch.float32, device="cpu")) == 1).tolist()
 
     def _take(self, found: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
         """Whole copies stand for parameters that FSDP2 has sharded."""
@@ -91,9 +99,11 @@ class AttachedSVD(AdaptiveSVD):
 
     def set_mode(self, name: str, r: int | None) -> None:
         """See `AdaptiveSVD.set_mode`."""
+        self._refuse_detached()
         if self._shards is not None:
             self._shards.read_weights()
         super().set_mode(name, r)
+        products.note_checksums(self._factors())
 
     def _clearing(self, zero_grad: Callable[..., None]) -> Callable[..., None]:
         """`optimizer.zero_grad` that also reaches each W that is not in the optimizer: a loop that leaves a bad step
@@ -112,10 +122,11 @@ class AttachedSVD(AdaptiveSVD):
                 "svd_adapter=reregister takes matrices out of the optimizer, where a GradScaler does not unscale "
                 "their gradients; use svd_adapter=shadow (the default of attach)"
             )
-        if not self._in_step:
+        if not _is_running(self._step_frame):
+            self._step_frame = sys._getframe(1)
             self._begin_step()
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
-        if closure is None:
+        if not callable(closure):  # some optimizers take something else there
             self._project(optimizer)
             return None
         # The closure runs the backward pass inside the step (Lightning does this): project after it.
@@ -126,10 +137,11 @@ class AttachedSVD(AdaptiveSVD):
 
     def _begin_step(self) -> None:
         """Once a step, before the host has moved anything."""
-        self._in_step = True
         if self._shards is not None and self._shards.stale:
             self._shards.read_weights()
-        self.keep_foreign_writes()
+        # A GPU is not waited for but where there is a decision, which looks at its numbers anyway.
+        self.keep_foreign_writes(wait=self.step % self.config.svd_interval == 0)
+        self._keep_weights()
 
     def _projecting(self, optimizer: torch.optim.Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
         def closure_then_project() -> Any:
@@ -140,11 +152,15 @@ class AttachedSVD(AdaptiveSVD):
         return closure_then_project
 
     def _project(self, optimizer: torch.optim.Optimizer) -> None:
+        for name, target in self.targets.items():
+            if target.W.grad is not None and target.W.grad.is_sparse:
+                raise ValueError(f"{name} has sparse gradients, which have no spectrum; leave it out of svd_targets")
         if self._average_gradients and dist.is_initialized():
             self._average()
         if self._shards is not None:
             self._shards.read_gradients()
-        self.project_gradients()
+        products.project_gradients(self._factors())
+        self._adapter.before_step()
         # Set by a GradScaler for the length of a fused step, which divides by it inside its kernel.
         scale = getattr(optimizer, "grad_scale", None)
         if scale is not None:
@@ -176,15 +192,16 @@ class AttachedSVD(AdaptiveSVD):
         return interval - step % interval <= self.config.svd_monitor_every  # steps until the next decision
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if not self._in_step:
+        if self._step_frame is None:
             return
-        self._in_step = False
+        self._step_frame = None
         found_inf = getattr(optimizer, "found_inf", None)  # of a fused step, as above
         stepped = found_inf is None or not bool(found_inf)
         if self._shards is not None:
             self._shards.read_weights()
         in_part = [target.name for target in self.targets.values() if target.lowrank]
         self.changes += self.after_step(self.step, stepped)
+        products.note_checksums(self._factors())
         if self._shards is not None:
             self._shards.write(in_part)
             self._shards.drop_gradients()
@@ -207,24 +224,34 @@ class AttachedSVD(AdaptiveSVD):
     def state_dict(self) -> dict[str, Any]:
         """As AdaptiveSVD's, with the step counter."""
         state = {**super().state_dict(), "step": self.step}
-        return state if self.interference is None else {**state, "interference": self.interference.state_dict()}
+        return state if self.interference is None else {**state, "interference_window": self.interference.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `AdaptiveSVD.load_state_dict`."""
+        self._refuse_detached()
+        if "step" not in state:
+            raise ValueError("this state was saved by a trainer and not by svdtrain.attach: it has no count of steps")
         super().load_state_dict(state)
         if self._shards is not None:
-            self._shards.stale = True
+            self._shards.forget()
         self.step = state["step"]
-        if self.interference is not None and "interference" in state:
-            self.interference.load_state_dict(state["interference"])
+        if self.interference is not None and "interference_window" in state:
+            self.interference.load_state_dict(state["interference_window"])
 
     def detach(self) -> None:
         """Back to plain training; the hooks are gone."""
+        if not self._handles:
+            return
         super().detach()
         for handle in self._handles:
             handle.remove()
+        self._handles = []
         if vars(self._optimizer).get("zero_grad") is self._zero_grad:
             del self._optimizer.zero_grad  # what the class has is there again
+
+    def _refuse_detached(self) -> None:
+        if not self._handles:
+            raise ValueError("this AttachedSVD is detached and sees no step any more; attach a new one")
 
 
 def attach(
@@ -240,8 +267,11 @@ def attach(
 
     Gradients are read when `optimizer.step()` is called, so accumulation, clipping, unscaling and averaging before it
     are seen. Pre-step hooks of your own that change gradients belong before this call: hooks run in their order, and
-    what comes later reaches W alone, not B and A. `config.svd_adapter` auto means shadow: the host's groups, state
-    and checkpoints stay as they are. To resume, call `load_state_dict` on the result before training goes on.
+    what comes later reaches W alone, not B and A. Post-step hooks, registered before or after, see the merged weights.
+    `config.svd_adapter` auto means shadow: the host's groups, state and checkpoints stay as they are. With reregister,
+    clipping must go over `model.parameters()`: those of the optimizer have no gradients yet. What others write to a
+    low-rank matrix between two steps stays, with a warning; through `p.data` on a GPU only before the steps that
+    decide, and in FSDP2's shards not at all. To resume, call `load_state_dict` on the result before training goes on.
     `average_gradients`: for data-parallel hosts whose optimizer averages gradients inside its own step, so that each
     rank holds its own before it. Parameters that FSDP2 has sharded (DTensor) work with the shadow adapter; each
     watched one is then also held whole on every rank.
@@ -253,8 +283,28 @@ def attach(
     raises.
     """
     return AttachedSVD(
-        model, optimizer, config, log=log, average_gradients=average_gradients, reference_loss=reference_loss
+        model,
+        _innermost(optimizer),
+        config,
+        log=log,
+        average_gradients=average_gradients,
+        reference_loss=reference_loss,
     )
+
+
+def _innermost(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """What accelerate and Lightning have wrapped: the wrapper has the same groups, but its step calls no hooks."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
+    return optimizer
+
+
+def _is_running(wanted: FrameType | None) -> bool:
+    """Whether this frame is on the stack."""
+    frame = sys._getframe(1) if wanted is not None else None
+    while frame is not None and frame is not wanted:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _mean_over_ranks(values: Tensor) -> Tensor:

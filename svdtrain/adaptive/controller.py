@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from svdtrain.adaptive import products
 from svdtrain.adaptive.analysis import History, decompose_all, measure, starting_rank
 from svdtrain.adaptive.factors import FactoredWeight
-from svdtrain.adaptive.guard import UpdateGuard
 from svdtrain.adaptive.monitor import Monitor
 from svdtrain.adaptive.policy import Measurement, should_use_lowrank_training
 from svdtrain.adaptive.registration import Adapter, Reregister
@@ -82,18 +81,22 @@ class AdaptiveSVD:
 
     # --- the training loop calls these ---
 
-    def keep_foreign_writes(self) -> None:
-        """Before a step: what somebody else has written to a low-rank W since the last one stays, with a warning."""
-        self._transitions.keep_foreign_writes(self.targets.values())
+    def keep_foreign_writes(self, *, wait: bool = False) -> None:
+        """Before a step: what somebody else has written to a low-rank W since the last one stays, with a warning.
+        `wait`: on a GPU, too, look for writes that PyTorch does not count, where checksums were noted."""
+        self._transitions.keep_foreign_writes(self.targets.values(), wait=wait)
 
     def project_gradients(self) -> None:
         """B.grad and A.grad from G for every low-rank matrix; call once a step, with G averaged and complete."""
-        lowrank = self._factors()
-        products.project_gradients(lowrank)
-        self._before = products.remember(lowrank) if self.config.svd_match_rms else []
-        for guard in self._guards():
-            guard.before_step()
+        self._keep_weights()
+        products.project_gradients(self._factors())
         self._adapter.before_step()
+
+    def _keep_weights(self) -> None:
+        """As they are before anything of the step has moved."""
+        self._before = products.remember(self._factors()) if self.config.svd_match_rms else []
+        for guard in (t.guard for t in self.targets.values() if t.guard is not None):
+            guard.before_step()
 
     def after_step(self, step: int, stepped: bool = True) -> list[Change]:
         """Write W from B and A; look at every matrix; at `step % svd_interval == 0` decide and switch. `stepped=False`:
@@ -129,7 +132,7 @@ class AdaptiveSVD:
         self._adapter.after_step()
         products.match_updates(self._before, self._adapter.full_update_norms)
         products.merge(self._factors())
-        for guard in self._guards():
+        for guard in (t.guard for t in self.targets.values() if t.guard is not None):
             guard.after_step(match_rms=self.config.svd_match_rms)
 
     def clear_gradients(self) -> None:
@@ -272,9 +275,6 @@ class AdaptiveSVD:
 
     def _factors(self) -> list[FactoredWeight]:
         return [t.factors for t in self.targets.values() if t.factors is not None]
-
-    def _guards(self) -> list[UpdateGuard]:
-        return [t.guard for t in self.targets.values() if t.guard is not None]
 
     def _analyse(self, step: int) -> list[Change]:
         """The exact engine: decompose everything, then decide matrix by matrix."""

@@ -45,6 +45,7 @@ class FactoredWeight:
         self.A = nn.Parameter(A.to(W.dtype))
         self.W_p = self._remainder()
         self._version: int | None = W._version
+        self.checksum: Tensor | None = None
 
     @classmethod
     def split(cls, W: nn.Parameter, decomposition: Decomposition, r: int, protect: str = "minor") -> FactoredWeight:
@@ -61,7 +62,7 @@ class FactoredWeight:
         factors.W = W
         factors.W_p, B, A = (saved.to(W.device, copy=True).contiguous() for saved in (W_p, B, A))
         factors.B, factors.A = nn.Parameter(B), nn.Parameter(A)
-        factors._version = None
+        factors._version = factors.checksum = None
         return factors
 
     @property
@@ -99,14 +100,16 @@ class FactoredWeight:
 
     def mark_merged(self) -> None:
         """W holds what it should; whoever writes it from now on is somebody else."""
-        self._version = self.W._version
+        self._version, self.checksum = self.W._version, None
+
+    @property
+    def counted_a_write(self) -> bool:
+        """Whether PyTorch has counted a write to W since it was merged. It counts none that goes through `.data`."""
+        return self._version != self.W._version
 
     def take_up_foreign_write(self) -> float:
         """Keep what somebody else has written to W since it was merged (a checkpoint loaded, a constraint), which the
-        next merge would undo: W_p = W - B A. Relative size of the change; 0 where there was none, which PyTorch's count
-        of writes tells without reading W, or none beyond rounding."""
-        if self._version == self.W._version:
-            return 0.0
+        next merge would undo: W_p = W - B A. Relative size of the change; 0 where there was none beyond rounding."""
         dense, known = self.dense(), self._version is not None
         self.mark_merged()
         W = self.W.detach().to(dense.dtype)
@@ -171,7 +174,8 @@ def trained_columns(protect: str, g: int, r: int) -> slice | Tensor:
     fixed draw, the same at every call and nested in r (the control).
     """
     if protect == "random":
-        return torch.randperm(g, generator=torch.Generator().manual_seed(g))[:r].sort().values
+        generator = torch.Generator().manual_seed(g)
+        return torch.randperm(g, generator=generator, device="cpu")[:r].sort().values
     first = {"minor": g - r, "principal": 0, "middle": (g - r) // 2}
     if protect not in first:
         raise ValueError(f"protect={protect!r} does not name a set of singular directions: {[*first, 'random']}")

@@ -243,8 +243,9 @@ def bootstrap_interval(rows: Tensor, confidence: float = _CONFIDENCE) -> tuple[T
     if len(rows) < 2:
         nothing = torch.full_like(rows[0], math.nan)
         return nothing, nothing
-    draws = torch.randint(len(rows), (_RESAMPLES, len(rows)), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randint(len(rows), (_RESAMPLES, len(rows)), generator=generator, device="cpu")
     means = rows[draws].mean(1)
-    tails = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
+    tails = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64, device="cpu")
     low, high = torch.quantile(means, tails, dim=0)
     return low, high

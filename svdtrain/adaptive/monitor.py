@@ -170,7 +170,11 @@ class Monitor:
         cuts = {}
         for name, target in self._targets.items():
             g = min(target.W.shape)
-            r = target.r if target.r is not None else starting_rank(torch.ones(g), self._config.svd_min_rank)
+            r = (
+                target.r
+                if target.r is not None
+                else starting_rank(torch.ones(g, device="cpu"), self._config.svd_min_rank)
+            )
             cuts[name] = g - r
         return cuts
 

@@ -20,6 +20,7 @@ from svdtrain.adaptive.precision import full_precision
 from svdtrain.adaptive.stacks import runs_of_equals
 
 _NEWTON_STEPS = 4
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _WORTH_STACKING = 4  # so many equal matrices; stacking itself takes as many launches as three by themselves
 
 
@@ -65,10 +66,42 @@ def merge(lowrank: Sequence[FactoredWeight]) -> None:
             factors.mark_merged()
 
 
+def note_checksums(lowrank: Sequence[FactoredWeight]) -> None:
+    """That of each W that has been merged since the last call, for `rewritten`."""
+    merged = [factors for factors in lowrank if factors.checksum is None]
+    for factors, checksum in zip(merged, _checksums(merged), strict=True):
+        factors.checksum = checksum
+
+
+def rewritten(lowrank: Sequence[FactoredWeight], *, wait: bool) -> list[FactoredWeight]:
+    """Those that somebody has written since they were merged: by PyTorch's count of writes, and by the checksum where
+    the count does not tell (`p.data.clamp_()`). Checksums on a GPU are looked at only with `wait`."""
+    found = {id(factors) for factors in lowrank if factors.counted_a_write}
+    looked_at = [f for f in lowrank if f.checksum is not None and (wait or f.W.device.type == "cpu")]
+    for device in {f.W.device for f in looked_at}:
+        there = [f for f in looked_at if f.W.device == device]
+        before = torch.stack([f.checksum for f in there if f.checksum is not None])
+        differs = (torch.stack(_checksums(there)) != before).tolist()
+        found |= {id(f) for f, written in zip(there, differs, strict=True) if written}
+    return [factors for factors in lowrank if id(factors) in found]
+
+
+def _checksums(lowrank: Sequence[FactoredWeight]) -> list[Tensor]:
+    """The bits of each W as integers, summed: exact, so whoever adds them up in whatever order finds the same."""
+    sums: dict[int, Tensor] = {}
+    keys = [(f.W.shape, f.W.dtype, f.W.device) for f in lowrank]
+    for run in runs_of_equals(keys, [f.W.numel() for f in lowrank]):
+        bits = torch.stack([lowrank[i].W.detach() for i in run]).flatten(1)
+        whole_words = bits.shape[1] * bits.element_size() % 8 == 0
+        words = bits.view(torch.int64 if whole_words else _INTEGERS[bits.element_size()])
+        sums |= zip(run, words.sum(1).unbind(), strict=True)
+    return [sums[i] for i in range(len(lowrank))]
+
+
 def remember(lowrank: Sequence[FactoredWeight]) -> list[Before]:
-    """Those that have gradients as they are now, for `match_updates`."""
+    """These as they are now, for `match_updates`."""
     kept = []
-    for alike in _alike([factors for factors in lowrank if factors.B.grad is not None]):
+    for alike in _alike(lowrank):
         B, A = _factor_stacks(alike)
         kept.append(Before(lowrank=alike, B=B, A=A, W=torch.stack([factors.W.detach() for factors in alike])))
     return kept

@@ -96,8 +96,10 @@ class Reregister:
     host_clears_gradients = False
 
     def __init__(self, optimizer: torch.optim.Optimizer, targets: Mapping[str, nn.Parameter], moments: Moments) -> None:
-        """Raises ValueError when a target is not in the optimizer."""
+        """Raises ValueError when a target is not in the optimizer, or its state is not kept by parameter."""
         check_ownership(optimizer, targets)
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ValueError("LBFGS keeps one state for all parameters: svd_adapter=reregister cannot change them")
         self._optimizer = optimizer
         self._moments: Moments = moments
         target_ids = {id(W) for W in targets.values()}
@@ -153,12 +155,14 @@ class Reregister:
                 self._optimizer.state[leaving[i].W] = state
 
     def restore(self, lowrank: list[FactoredWeight]) -> None:
-        """The layout for these low-rank matrices; `optimizer.load_state_dict` fits exactly afterwards."""
-        for factors in self._lowrank.values():
-            self._optimizer.state.pop(factors.B, None)
-            self._optimizer.state.pop(factors.A, None)
+        """The layout for these low-rank matrices; `optimizer.load_state_dict` fits exactly afterwards. Where it came
+        first and fitted the layout before, the state of B and A stays with them."""
+        taken = {key: (factors, self._take(factors)) for key, factors in self._lowrank.items()}
         for factors in lowrank:
             self._optimizer.state.pop(factors.W, None)
+            before, pair = taken.get(id(factors.W), (None, ({}, {})))
+            if before is not None and before.r == factors.r and all(pair):
+                self._optimizer.state[factors.B], self._optimizer.state[factors.A] = pair
         self._lowrank = {id(factors.W): factors for factors in lowrank}
         self._lay_out()
 
@@ -201,6 +205,8 @@ class Reregister:
         for index, original in self._original.items():
             group = self._optimizer.param_groups[index]
             known = factor_ids | {id(p) for p in original}
+            present = {id(p) for p in group["params"]} | {id(f.W) for f in self._last_laid_out}
+            original[:] = [p for p in original if id(p) in present]  # taken out by the user since
             original += [p for p in group["params"] if id(p) not in known]  # added by the user since
             expected |= {id(p) for p in original}
             _set_params(group, [t for p in original for t in self._trained(p)], self._names | self._factor_names())

@@ -91,6 +91,8 @@ class Shadow:
         together: dict[int, list[tuple[nn.Parameter, State]]] = {}
         for name in (name for name in self._names.values() if name in self._lowrank):
             factors = self._lowrank[name]
+            if id(self._owned[id(factors.W)]) not in groups:  # taken out by the host, which so leaves it as it is
+                continue
             pairs = zip((factors.B, factors.A), self._state[name], strict=True)
             mine = together.setdefault(id(groups[id(self._owned[id(factors.W)])]), [])
             mine += [(p, state) for p, state in pairs if p.grad is not None]
@@ -142,12 +144,14 @@ class Shadow:
         return found
 
     def _used_host_state(self, owned: nn.Parameter, groups: Mapping[int, dict[str, Any]]) -> State | None:
-        """What the host has for this parameter and the rule for B and A uses; None where it has nothing."""
-        state = self._optimizer.state.get(owned)
-        if not state:
+        """What the host has for this parameter and the rule for B and A uses; None where it is not all of that. A
+        first moment without its second, or without its count of steps, would be divided by nearly nothing."""
+        state, group = self._optimizer.state.get(owned), groups.get(id(owned))
+        if not state or group is None:
             return None
-        _, keys = rule_for(groups[id(owned)], self._optimizer)
-        return {key: whole(value) for key, value in state.items() if key in keys}
+        _, keys = rule_for(group, self._optimizer)
+        wanted = keys if group.get("amsgrad") else keys - {"max_exp_avg_sq"}
+        return {key: whole(state[key]) for key in state if key in wanted} if wanted <= state.keys() else None
 
     def _carry_over(self, changed: Sequence[Refactored]) -> None:
         """From the old factors' own moments."""
@@ -165,7 +169,7 @@ class Shadow:
 
 def _check_rules(optimizer: torch.optim.Optimizer, wanted: Collection[int]) -> None:
     groups = [group for group in optimizer.param_groups if any(id(p) in wanted for p in group["params"])]
-    if not all("lr" in group for group in groups):
+    if any(group.get("lr") is None for group in groups):
         raise ValueError(
             f"{type(optimizer).__name__} keeps no learning rate `lr` in its param groups, under which shadow would "
             "step B and A; add one, or use svd_adapter=reregister"
@@ -175,7 +179,7 @@ def _check_rules(optimizer: torch.optim.Optimizer, wanted: Collection[int]) -> N
         log.warning(
             "%s is none of AdamW, Adam, SGD and Muon: B and A of low-rank matrices are stepped by the rule of %s under "
             "its learning rate, which may fit them badly; svd_match_rms=True gives their updates the size of its own",
-            type(optimizer).__name__, "AdamW" if "betas" in strange else "SGD",
+            type(optimizer).__name__, "Adam" if "betas" in strange else "SGD",
         )  # fmt: skip
 
 

@@ -38,15 +38,27 @@ class ShardedWeights:
     def __init__(self, sharded: Mapping[str, nn.Parameter]) -> None:
         self.sharded = dict(sharded)
         self.copies = {name: nn.Parameter(whole(p.detach()).clone()) for name, p in sharded.items()}
-        self.stale = True
-        """Whether the weights may have been written (a checkpoint loaded) since they were read."""
+        self._versions: dict[str, int] = {}
+
+    @property
+    def stale(self) -> bool:
+        """Whether the weights may have been written (a checkpoint loaded) since they were read. Counted are writes to
+        the DTensor, which every rank makes, and not those to the shard alone or through `.data`."""
+        return self._versions != self._counts()
+
+    def _counts(self) -> dict[str, int]:
+        return {name: p._version for name, p in self.sharded.items()}
+
+    def forget(self) -> None:
+        """The copies have become those of another run."""
+        self._versions = {}
 
     @torch.no_grad()
     def read_weights(self) -> None:
         """The copies become the weights of now."""
         for name, p in self.sharded.items():
             self.copies[name].copy_(whole(p.detach()))
-        self.stale = False
+        self._versions = self._counts()
 
     @torch.no_grad()
     def read_gradients(self) -> None:
@@ -68,3 +80,4 @@ class ShardedWeights:
             mesh = p.device_mesh
             copy = DTensor.from_local(self.copies[name].detach(), mesh, [Replicate()] * mesh.ndim, run_check=False)
             p.to_local().copy_(copy.redistribute(placements=p.placements).to_local())
+        self._versions = self._counts()

@@ -155,6 +155,13 @@ def check_state(state: Mapping[str, Any], targets: Mapping[str, Target], protect
             f"SVD state was saved with svd_protect={state['protect']}, here it is {protect}; "
             "resume with the same setting"
         )
+    for name, values in state["targets"].items():
+        factors = values["factors"]
+        if factors is not None and name in targets and factors["B"].dtype != targets[name].W.dtype:
+            raise ValueError(
+                f"SVD state was saved with {name} in {factors['B'].dtype}, here it is {targets[name].W.dtype}; "
+                "resume in the same type"
+            )
     saved = {name: tuple(values["shape"]) for name, values in state["targets"].items()}
     own = {name: tuple(target.W.shape) for name, target in targets.items()}
     if saved != own:

@@ -59,15 +59,18 @@ def short_name(name: str) -> str:
 
 
 def _unwrapped(name: str) -> str:
-    """Without what DistributedDataParallel (`module.`) and torch.compile (`_orig_mod.`) put into names."""
-    return re.sub(r"^((_orig_mod|module)\.)+", "", name).replace("._orig_mod.", ".")
+    """Without what DistributedDataParallel (`module.`), torch.compile (`_orig_mod.`) and Lightning Fabric, which holds
+    a module twice, put into names."""
+    return re.sub(r"^((_orig_mod|module|_forward_module|_original_module)\.)+", "", name).replace("._orig_mod.", ".")
 
 
 def _names_by_parameter(model: nn.Module) -> dict[int, tuple[nn.Parameter, list[str]]]:
     """Every parameter once, with all the names it goes by; wrapper prefixes removed."""
     found: dict[int, tuple[nn.Parameter, list[str]]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        found.setdefault(id(parameter), (parameter, []))[1].append(_unwrapped(name))
+        aliases = found.setdefault(id(parameter), (parameter, []))[1]
+        if _unwrapped(name) not in aliases:
+            aliases.append(_unwrapped(name))
     return found
 
 

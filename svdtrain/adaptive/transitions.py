@@ -12,6 +12,7 @@ from torch import Tensor
 from svdtrain.adaptive.factors import FactoredWeight, ParameterCounts
 from svdtrain.adaptive.guard import UpdateGuard
 from svdtrain.adaptive.precision import full_precision
+from svdtrain.adaptive.products import rewritten
 from svdtrain.adaptive.registration import Adapter, Refactored
 from svdtrain.adaptive.target import Target
 from svdtrain.config import SVDConfig
@@ -78,10 +79,18 @@ class Transitions:
             self._to_lowrank([move for move in lowrank if not move.target.lowrank])
             self._refactor(staying)
 
-    def keep_foreign_writes(self, targets: Iterable[Target]) -> None:
-        """Low-rank matrices that somebody else has written since the last step keep that, and it is said."""
-        for target in targets:
-            change = 0.0 if target.factors is None else target.factors.take_up_foreign_write()
+    def keep_foreign_writes(self, targets: Iterable[Target], *, wait: bool) -> None:
+        """Low-rank matrices that somebody else has written since the last step keep that, and it is said. `wait`: the
+        device may be waited for. Raises ValueError where W is of another type or elsewhere than B and A."""
+        by_factors = {target.factors: target for target in targets if target.factors is not None}
+        for factors, target in by_factors.items():
+            if (factors.B.dtype, factors.B.device) != (target.W.dtype, target.W.device):
+                raise ValueError(
+                    f"{target.name} has become {target.W.dtype} on {target.W.device} while it is low-rank; convert or "
+                    "move the model before svdtrain.attach"
+                )
+        for factors in rewritten(list(by_factors), wait=wait):
+            target, change = by_factors[factors], factors.take_up_foreign_write()
             if change > 0:
                 logger.warning(
                     "%s was written between two steps while it is low-rank (%.3g of its size): what was written stays, "

@@ -8,6 +8,7 @@ Every rule steps each factor by itself; many come together so that they take few
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
@@ -40,15 +41,18 @@ def rule_for(group: Group, optimizer: torch.optim.Optimizer) -> tuple[Rule, froz
         return muon_step, frozenset({"momentum_buffer"})
     if "betas" in group:
         moments = frozenset({"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"})
-        coupled = isinstance(optimizer, torch.optim.Adam) and not isinstance(optimizer, torch.optim.AdamW)
-        return (adam_step if coupled else adamw_step), moments
+        # By group, as torch has it: Adam takes both.
+        decoupled = group.get("decoupled_weight_decay", True)
+        return (adamw_step if decoupled else adam_step), moments
     return sgd_step, frozenset({"momentum_buffer"})
 
 
 def has_own_rule(group: Group, optimizer: torch.optim.Optimizer) -> bool:
     """Whether `rule_for` is what this optimizer does itself, and not the nearest of three."""
-    known = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
-    return is_muon(group) or group.get("kind") == "adamw" or isinstance(optimizer, known)
+    # A subclass with a step of its own may do anything with the same hyperparameters.
+    known = [inspect.unwrap(kind.step) for kind in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)]
+    own = inspect.unwrap(type(optimizer).step)
+    return is_muon(group) or group.get("kind") == "adamw" or own in known
 
 
 def is_muon(group: Group) -> bool:
@@ -72,7 +76,7 @@ def _adam(function: Callable[..., None], params: Sequence[nn.Parameter], states:
     amsgrad = bool(group.get("amsgrad", False))
     for p, state in zip(params, states, strict=True):
         # A host may count with an int, or on the device for its fused kernel; the plain kernels want a CPU tensor.
-        state["step"] = torch.as_tensor(state.get("step", 0.0), dtype=torch.float32).cpu()
+        state["step"] = torch.as_tensor(state.get("step", 0.0), dtype=torch.float32, device="cpu")
         for key in ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if amsgrad else ())):
             _start_at_zero(state, key, p)
     for alike, own in _taken_apart(params, states, [("any", p.numel()) for p in params]):

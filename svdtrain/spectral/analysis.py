@@ -87,7 +87,9 @@ def run_job(job: Job) -> dict[str, RowResult]:
 def _failed(part: Part, i: int) -> RowResult:
     old = Basis(part.old.U[i], part.old.S[i], part.old.V[i], part.old.spectrum[i])
     table = [0.0] * len(SLOW_COLUMNS)
-    return RowResult(old, torch.zeros(0), part.W[i], table, exact=False, ok=False, skipped=False, first=part.first[i])
+    return RowResult(
+        old, torch.zeros(0, device="cpu"), part.W[i], table, exact=False, ok=False, skipped=False, first=part.first[i]
+    )
 
 
 def _split(part: Part, skip_tolerance: float) -> list[tuple[list[int], bool]]:
@@ -110,7 +112,7 @@ def _analyse(part: Part, rows: list[int], skipped: bool, job: Job) -> dict[str, 
     new, residual, staleness, ok = (
         _keep(W, work, _take(part.cut, rows)) if skipped else _iterate(part, rows, W, norm, work, job)
     )
-    exact = torch.zeros(len(rows), dtype=torch.bool)
+    exact = torch.zeros(len(rows), dtype=torch.bool, device="cpu")
     if not skipped:
         new, exact, ok, residual = _exact_rows(part, rows, new, ok, residual)
     dW = W - _take(part.reference, rows).to(dtype)
@@ -221,7 +223,7 @@ def _exact_rows(
 ) -> tuple[Basis, Tensor, Tensor, Tensor]:
     """Replace the rows asked to be exact; a failed one keeps its old basis and is reported."""
     wanted = [j for j, i in enumerate(rows) if part.exact[i]]
-    exact = torch.zeros(len(rows), dtype=torch.bool)
+    exact = torch.zeros(len(rows), dtype=torch.bool, device="cpu")
     if not wanted:
         return new, exact, ok, residual
     ok, width = ok.clone(), new.S.shape[-1]

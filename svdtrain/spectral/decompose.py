@@ -268,5 +268,5 @@ def _ladder(W: Tensor) -> Decomposition | str:
 def _jittered(W: Tensor) -> Tensor:
     """W plus a fixed pseudo-random matrix of relative size 1e-9, in float64."""
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(W.shape, generator=generator, dtype=torch.float64).to(W.device)
+    noise = torch.randn(W.shape, generator=generator, dtype=torch.float64, device="cpu").to(W.device)
     return W.double() + _JITTER * W.double().abs().amax() * noise

@@ -146,11 +146,11 @@ def _median_eigenvalue(beta: float) -> float:
     """Median of the Marchenko-Pastur law with ratio beta in (0, 1] and unit variance."""
     low, high = (1 - math.sqrt(beta)) ** 2, (1 + math.sqrt(beta)) ** 2
     # x = mid + half * cos(t) takes the square roots at both edges out of the integrand.
-    t = torch.linspace(math.pi, 0, _MEDIAN_GRID, dtype=torch.float64)
+    t = torch.linspace(math.pi, 0, _MEDIAN_GRID, dtype=torch.float64, device="cpu")
     x = (low + high) / 2 + (high - low) / 2 * torch.cos(t)
     density = torch.sin(t).square() / x.clamp_min(1e-300)
     density[x <= 0] = 2 / ((high - low) / 2)  # limit at x = 0, only for beta = 1
-    mass = torch.cat([torch.zeros(1, dtype=torch.float64), ((density[1:] + density[:-1]) / 2 * -t.diff()).cumsum(0)])
+    mass = torch.cat([t.new_zeros(1), ((density[1:] + density[:-1]) / 2 * -t.diff()).cumsum(0)])
     return float(x[int(torch.searchsorted(mass, mass[-1] / 2))])
 
 

@@ -62,7 +62,8 @@ class Bucket:
     def set_cuts(self, cuts: list[int]) -> None:
         """0/1 masks of the principal columns: one small copy from pinned memory, only when a cut changes."""
         self.max_cut = max(cuts)
-        mask = (torch.arange(self.width) < torch.tensor(cuts)[:, None]).to(self.mask.dtype)
+        columns = torch.arange(self.width, device="cpu")
+        mask = (columns < torch.tensor(cuts, device="cpu")[:, None]).to(self.mask.dtype)
         self.mask.copy_(mask.pin_memory() if self.mask.is_cuda else mask, non_blocking=True)
         self.changed()
 

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from svdtrain.adaptive.attach import AttachedSVD, attach
+from svdtrain.config import SVDConfig
+
 WIDTH = 20
+Q = "h.0.attn.c_q"
+WATCHED_BY_HAND: dict[str, Any] = {"svd_preset": "off"}
 
 
 class Attention(nn.Module):
@@ -70,3 +77,19 @@ def backward(model: nn.Module, step: int, *, dtype: torch.dtype = torch.float32)
     loss = (model(x) - y).square().mean()
     loss.backward()
     return loss.detach()
+
+
+def attached(seed: int = 0, **settings: Any) -> tuple[Toy, torch.optim.Optimizer, AttachedSVD]:
+    model = make_toy(seed)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    return model, optimizer, attach(model, optimizer, SVDConfig(**{**WATCHED_BY_HAND, **settings}))
+
+
+def one_step(model: Toy, optimizer: torch.optim.Optimizer, step: int = 0) -> None:
+    optimizer.zero_grad()
+    backward(model, step)
+    optimizer.step()
+
+
+def relative(left: Tensor, right: Tensor) -> float:
+    return float((left - right).norm() / right.norm())

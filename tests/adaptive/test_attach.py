@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from adaptive_toy import backward, batch, make_toy
 
-from svdtrain.adaptive.attach import attach
+from svdtrain.adaptive.attach import AttachedSVD, attach
 from svdtrain.config import SVDConfig
 
 
@@ -93,6 +94,89 @@ def test_a_reference_closure_measures_and_leaves_training_alone() -> None:
         assert reading["interference/total"] == pytest.approx(total, rel=1e-6)
         change = reading["reference/loss_change"]
         assert abs(reading["interference/unexplained"]) < abs(change) + abs(total)
+
+
+def test_a_reading_that_no_decision_has_used_survives_a_save() -> None:
+    """Both kept their state under one name, so a resumed run decided without it."""
+    x, y = batch(900)
+
+    def build(reference: bool = True) -> AttachedSVD:
+        model = make_toy()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        closure = (lambda: (model(x) - y).square().mean()) if reference else None
+        svd = attach(model, optimizer, SVDConfig(svd_interval=100, svd_interference_every=2), reference_loss=closure)
+        for step in range(6 if reference else 1):
+            optimizer.zero_grad()
+            backward(model, step)
+            optimizer.step()
+        return svd
+
+    svd, other, without = build(), build(), build(reference=False)
+    other._interference.clear()
+    other.load_state_dict(copy.deepcopy(svd.state_dict()))
+    assert svd._interference
+    assert other._interference == svd._interference
+    other.load_state_dict(without.state_dict())
+    with pytest.raises(ValueError, match="no count of steps"):
+        other.load_state_dict({key: value for key, value in svd.state_dict().items() if key != "step"})
+
+
+def test_what_accelerate_and_lightning_wrap_is_unwrapped() -> None:
+    class Wrapper(torch.optim.Optimizer):
+        """Like theirs: it has everything but hooks."""
+
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optimizer = optimizer
+
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            self.optimizer.step(closure)
+
+    model = make_toy()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    svd = attach(model, Wrapper(optimizer))
+    backward(model, 0)
+    optimizer.step()
+    assert svd.step == 1
+    with pytest.raises(ValueError, match="already has"):
+        attach(model, optimizer)
+
+
+def test_what_is_detached_says_so_and_stays_so() -> None:
+    model = make_toy()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    svd = attach(model, optimizer, SVDConfig(svd_adapter="reregister"))
+    state = svd.state_dict()
+    svd.detach()
+    for use in (lambda: svd.set_mode("h.0.attn.c_q", 5), lambda: svd.load_state_dict(state)):
+        with pytest.raises(ValueError, match="is detached"):
+            use()
+    attach(model, optimizer)
+    svd.detach()
+    with pytest.raises(ValueError, match="already has"):
+        attach(model, optimizer)
+
+
+def trained_under(default_device: str) -> list[torch.Tensor]:
+    """Everything that the method does, while new tensors go somewhere else by default."""
+    model, (x, y) = make_toy(), batch(0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    config = SVDConfig(svd_interval=3, svd_warmup=0, svd_interference_every=2, svd_protect="random")
+    batches = [batch(step) for step in range(8)]
+    with torch.device(default_device):
+        svd = attach(model, optimizer, config, reference_loss=lambda: (model(x) - y).square().mean())
+        svd.set_mode("h.0.attn.c_q", 6)
+        for inputs, targets in batches:
+            optimizer.zero_grad()
+            (model(inputs) - targets).square().mean().backward()
+            optimizer.step()
+        svd.load_state_dict(copy.deepcopy(svd.state_dict()))
+        assert svd.metrics()
+    return [p.detach() for p in model.parameters()]
+
+
+def test_the_default_device_of_the_loop_does_not_matter() -> None:
+    """torch.set_default_device("cuda") sent what belongs on the host to the GPU."""
+    assert all(torch.equal(p, q) for p, q in zip(trained_under("cpu"), trained_under("meta"), strict=True))
 
 
 def attach_names() -> list[str]:

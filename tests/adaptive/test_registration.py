@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from svdtrain.adaptive.attach import attach
 from svdtrain.adaptive.controller import AdaptiveSVD
 from svdtrain.adaptive.moments import first_to_factors
 from svdtrain.config import SVDConfig
@@ -291,3 +293,26 @@ def test_parameters_added_by_the_user_later_stay() -> None:
     assert {id(extra), id(more)} <= set(owned(optimizer))
     svd.detach()
     assert {id(extra), id(more)} <= set(owned(optimizer))
+
+
+def test_an_optimizer_state_that_was_loaded_first_stays() -> None:
+    """Rolling back in place, in the wrong order: where the layout is the same nothing refuses it, and the moments of B
+    and A were dropped without a word."""
+    model = make_toy()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    svd = attach(model, optimizer, SVDConfig(svd_preset="off", svd_adapter="reregister"))
+    svd.set_mode("h.0.attn.c_q", 6)
+
+    def steps(first: int) -> list[Tensor]:
+        for step in range(first, first + 3):
+            optimizer.zero_grad()
+            backward(model, step)
+            optimizer.step()
+        return [p.detach().clone() for p in model.parameters()]
+
+    steps(0)
+    saved = copy.deepcopy((optimizer.state_dict(), svd.state_dict(), model.state_dict()))
+    straight = steps(3)
+    for each, state in zip((optimizer, svd, model), saved, strict=True):
+        each.load_state_dict(copy.deepcopy(state))
+    assert all(torch.equal(p, q) for p, q in zip(straight, steps(3), strict=True))

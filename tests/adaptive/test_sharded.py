@@ -50,6 +50,20 @@ def sharded_toy() -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
+def other_writes_stay(model: nn.Module, optimizer: Any, svd: AttachedSVD, rank: int) -> bool:
+    """A checkpoint loaded into the shards alone: the next merge undid it. Nothing is gathered twice without one."""
+    svd.set_mode(Q, 9)
+    train(model, optimizer, svd, [rank], range(1))
+    assert svd._shards is not None
+    assert not svd._shards.stale
+    W: Any = svd._shards.sharded[Q]
+    with torch.no_grad():
+        W.mul_(2)
+    doubled = W.detach().full_tensor().clone()
+    train(model, optimizer, svd, [rank], range(1))
+    return 0 < float((W.detach().full_tensor() - doubled).norm()) < 0.3 * float(doubled.norm())
+
+
 def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.full_tensor().clone() for name, p in model.state_dict().items()}
 
@@ -73,11 +87,13 @@ def worker(rank: int, directory: str) -> None:
         resumed.load_state_dict(moments)
         svd_2.load_state_dict(state)
         train(other, resumed, svd_2, [rank], range(STEPS - 2, STEPS))
+        resumed_weights = whole_weights(other)
+        assert other_writes_stay(other, resumed, svd_2, rank)
         with pytest.raises(ValueError, match=r"sharded .* use svdtrain\.attach"):
             AdaptiveSVD(other, torch.optim.AdamW(other.parameters()), CONFIG)
         with pytest.raises(ValueError, match="reregister does not work with sharded"):
             attach(other, torch.optim.AdamW(other.parameters()), SVDConfig(svd_adapter="reregister"))
-        found = (straight, whole_weights(other), [str(change) for change in svd.changes])
+        found = (straight, resumed_weights, [str(change) for change in svd.changes])
         torch.save(found, f"{directory}/{rank}.pt")
     finally:
         dist.destroy_process_group()

@@ -7,30 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from adaptive_toy import Toy, backward, make_toy
+from adaptive_toy import WATCHED_BY_HAND, Q, attached, backward, make_toy, one_step, relative
 from torch import Tensor
 
-from svdtrain.adaptive.attach import AttachedSVD, attach
+from svdtrain.adaptive.attach import attach
 from svdtrain.config import SVDConfig
-
-Q = "h.0.attn.c_q"
-WATCHED_BY_HAND: dict[str, Any] = {"svd_preset": "off"}
-
-
-def attached(seed: int = 0, **settings: Any) -> tuple[Toy, torch.optim.Optimizer, AttachedSVD]:
-    model = make_toy(seed)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    return model, optimizer, attach(model, optimizer, SVDConfig(**{**WATCHED_BY_HAND, **settings}))
-
-
-def one_step(model: Toy, optimizer: torch.optim.Optimizer, step: int = 0) -> None:
-    optimizer.zero_grad()
-    backward(model, step)
-    optimizer.step()
-
-
-def relative(left: Tensor, right: Tensor) -> float:
-    return float((left - right).norm() / right.norm())
 
 
 @pytest.mark.parametrize("adapter", ["shadow", "reregister"])
@@ -160,6 +141,69 @@ def test_an_optimizer_without_a_learning_rate_is_refused_at_once() -> None:
     with pytest.raises(ValueError, match="keeps no learning rate"):
         attach(model, optimizer)
     attach(model, optimizer, SVDConfig(svd_adapter="reregister"))
+
+
+def test_a_learning_rate_that_is_none_is_no_learning_rate() -> None:
+    """Adafactor of transformers finds its own."""
+    model = make_toy()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.param_groups[0]["lr"] = None
+    with pytest.raises(ValueError, match="keeps no learning rate"):
+        attach(model, optimizer)
+
+
+def test_reregister_refuses_one_state_for_all_parameters() -> None:
+    model = make_toy()
+    with pytest.raises(ValueError, match="LBFGS keeps one state"):
+        attach(model, torch.optim.LBFGS(model.parameters()), SVDConfig(svd_adapter="reregister"))
+
+
+def test_decoupled_decay_is_what_the_group_says() -> None:
+    """Adam(decoupled_weight_decay=True) is AdamW."""
+    results = []
+    for kind, settings in ((torch.optim.AdamW, {}), (torch.optim.Adam, {"decoupled_weight_decay": True})):
+        model = make_toy()
+        optimizer = kind(model.parameters(), lr=0.01, weight_decay=0.5, **settings)
+        attach(model, optimizer, SVDConfig(**WATCHED_BY_HAND)).set_mode(Q, 6)
+        for step in range(5):
+            one_step(model, optimizer, step)
+        results.append(model.h[0].attn.c_q.weight.detach())
+    assert torch.equal(*results)
+
+
+class Lion(torch.optim.Optimizer):
+    """Has betas and a first moment, but neither a second one nor a count of steps."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr, "betas": (0.9, 0.99)})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            moment = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
+            p.sub_(torch.lerp(moment, p.grad, 0.1).sign(), alpha=self.param_groups[0]["lr"])
+            moment.lerp_(p.grad, 0.01)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adamax, Lion])
+def test_half_of_adams_state_is_none(kind: Any) -> None:
+    """A first moment over a second one of zero made the first step of B and A hundreds of times too large."""
+    model = make_toy()
+    optimizer = kind(model.parameters(), lr=0.003)
+    svd = attach(model, optimizer, SVDConfig(**WATCHED_BY_HAND))
+    for step in range(30):
+        one_step(model, optimizer, step)
+    W = model.h[0].attn.c_q.weight
+    before = W.detach().clone()
+    svd.set_mode(Q, 12)
+    one_step(model, optimizer, 30)
+    assert float((W.detach() - before).norm()) < 2 * 0.003 * W.shape[0]  # a sign update has lr x 20
+
+
+def test_a_subclass_with_a_step_of_its_own_is_said(caplog) -> None:
+    model = make_toy()
+    attach(model, CallsItsParent(model.parameters(), lr=0.1))
+    assert "CallsItsParent is none of" in caplog.text
 
 
 def test_what_the_host_moves_inside_its_own_step_is_not_foreign(caplog) -> None:

@@ -66,3 +66,10 @@ def test_names_lose_the_wrappers() -> None:
     assert short_name("module._orig_mod.transformer.h.0.attn.c_q.weight") == "h.0.attn.c_q"
     assert short_name("h.0._orig_mod.attn.c_q.weight") == "h.0.attn.c_q"
     assert short_name("transformer.h.0.module.c_q") == "h.0.module.c_q"
+
+
+def test_a_module_that_is_held_twice_under_one_wrapper_is_not_shared() -> None:
+    """Lightning Fabric keeps the module beside what runs forward."""
+    wrapper = nn.Module()
+    wrapper._forward_module = wrapper._original_module = make_toy()
+    assert select_targets(wrapper, "attn").keys() == select_targets(make_toy(), "attn").keys()

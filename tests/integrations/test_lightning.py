@@ -75,6 +75,46 @@ def test_it_watches_switches_and_resumes_exactly(tmp_path) -> None:
         assert torch.equal(value, resumed.state_dict()[name]), name
 
 
+def test_a_checkpoint_saved_after_fit_resumes_too(tmp_path, caplog) -> None:
+    from svdtrain.integrations.lightning import SVDCallback
+
+    class Sees(SVDCallback):
+        """Under the name that the checkpoint knows."""
+
+        state_key = "SVDCallback"
+
+        def on_train_start(self, trainer, pl_module) -> None:
+            super().on_train_start(trainer, pl_module)
+            self.lowrank = [target.name for target in self.svd.targets.values() if target.lowrank]
+
+    def fit_and_save(callback, path: Path, steps: int = 6, checkpoint: Path | None = None) -> list[str]:
+        callbacks = [SaveAt(5, tmp_path / "plain.ckpt")] if callback is None else [callback]
+        trainer = lightning.Trainer(
+            max_steps=steps, accelerator="cpu", devices=1, callbacks=callbacks, logger=False,
+            enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+        )  # fmt: skip
+        data = torch.randn(24, 24, generator=torch.Generator().manual_seed(1))
+        loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(data), batch_size=4)
+        trainer.fit(make_module(), loader, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
+        trainer.save_checkpoint(path)
+        return getattr(callback, "lowrank", [])
+
+    path = tmp_path / "after.ckpt"
+    assert fit_and_save(Sees(CONFIG), path) == []
+    assert fit_and_save(Sees(CONFIG), tmp_path / "later.ckpt", 8, path)
+    assert "starts in full mode" not in caplog.text
+    fit_and_save(None, path)
+    assert fit_and_save(Sees(CONFIG), tmp_path / "later.ckpt", 8, path) == []
+    assert "starts in full mode" in caplog.text
+
+
+def test_reregister_is_refused() -> None:
+    from svdtrain.integrations.lightning import SVDCallback
+
+    with pytest.raises(ValueError, match="leave it at auto"):
+        SVDCallback(SVDConfig(svd_adapter="reregister"))
+
+
 def test_several_optimizers_are_refused(tmp_path) -> None:
     from svdtrain.integrations.lightning import SVDCallback
 

@@ -30,7 +30,7 @@ def make_model() -> torch.nn.Module:
     return transformers.LlamaForCausalLM(config)
 
 
-def train(directory: Path, steps: int, callback, resume: bool = False) -> dict[str, torch.Tensor]:
+def make_trainer(directory: Path, steps: int, callback, **settings) -> "transformers.Trainer":
     arguments = transformers.TrainingArguments(
         output_dir=str(directory),
         max_steps=steps,
@@ -43,13 +43,17 @@ def train(directory: Path, steps: int, callback, resume: bool = False) -> dict[s
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,
+        **settings,
     )
-    model = make_model()
-    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=Rows(), callbacks=[callback])
+    return transformers.Trainer(model=make_model(), args=arguments, train_dataset=Rows(), callbacks=[callback])
+
+
+def train(directory: Path, steps: int, callback, resume: bool | str = False, **settings) -> dict[str, torch.Tensor]:
+    trainer = make_trainer(directory, steps, callback, **settings)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer.train(resume_from_checkpoint=resume)
-    return {name: value.clone() for name, value in model.state_dict().items()}
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
 
 
 def test_it_watches_switches_and_resumes_exactly(tmp_path, capsys) -> None:
@@ -73,6 +77,50 @@ def test_without_the_saved_state_it_says_so_and_goes_on(tmp_path, caplog) -> Non
     (tmp_path / "checkpoint-6" / STATE_FILE).unlink()
     train(tmp_path, 8, SVDCallback(CONFIG), resume=True)
     assert "full mode" in caplog.text
+
+
+def test_a_checkpoint_of_another_folder_is_found_where_the_arguments_name_it(tmp_path, caplog) -> None:
+    from svdtrain.integrations.transformers import SVDCallback
+
+    train(tmp_path / "first", 6, SVDCallback(CONFIG))
+    checkpoint = str(tmp_path / "first" / "checkpoint-6")
+    straight = train(tmp_path / "first", 8, SVDCallback(CONFIG), resume=checkpoint)
+    moved = train(tmp_path / "other", 8, SVDCallback(CONFIG), resume=checkpoint, resume_from_checkpoint=checkpoint)
+    assert "full mode" not in caplog.text
+    assert all(torch.equal(value, moved[name]) for name, value in straight.items())
+
+
+def test_an_interrupted_train_can_be_called_again(tmp_path) -> None:
+    """As in a notebook: the trainer keeps its optimizer, to which the method was still attached."""
+    from svdtrain.integrations.transformers import SVDCallback
+
+    class Interrupts(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs) -> None:
+            raise KeyboardInterrupt
+
+    trainer = make_trainer(tmp_path, 6, SVDCallback(CONFIG))
+    trainer.add_callback(interrupts := Interrupts())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.remove_callback(interrupts)
+    trainer.train()
+    assert trainer.state.global_step == 6
+
+
+def test_reregister_is_refused() -> None:
+    from svdtrain.integrations.transformers import SVDCallback
+
+    with pytest.raises(ValueError, match="leave it at auto"):
+        SVDCallback(SVDConfig(svd_adapter="reregister"))
+
+
+def test_a_trial_of_a_search_is_not_stopped_by_its_folder(tmp_path, caplog) -> None:
+    from svdtrain.integrations.transformers import SVDCallback
+
+    trainer = make_trainer(tmp_path, 6, SVDCallback(CONFIG))
+    trainer._get_output_dir = lambda trial: str(tmp_path / "run-0")
+    trainer.train()
+    assert "gets no svdtrain.pt" in caplog.text
 
 
 def test_the_example_of_the_page_runs(tmp_path, monkeypatch) -> None:
