@@ -46,7 +46,7 @@ _STAGGER, _STAGGER_ON_CPU = 4, 2
 _ITERATIONS, _ITERATIONS_ON_CPU = 8, 4
 _UPDATE, _GRADIENT = "update/", "gradient/"
 _RESIDUAL, _UPDATE_RATIO = SLOW_COLUMNS.index("residual"), SLOW_COLUMNS.index("update_ratio")
-_MOVED = 0.25  # relative size of an update from which the tail of the spectrum, which is not tracked, has another shape
+_MOVED = 0.5  # relative size of an update from which the tail of the spectrum, which is not tracked, has another shape
 
 
 class SubspaceTracker:

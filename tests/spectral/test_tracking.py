@@ -193,7 +193,7 @@ def test_the_spectrum_of_a_matrix_that_became_another_one_is_decomposed_anew() -
     start += 1e-3 * start.norm() / SIZE * gaussian(SIZE, SIZE, seed=83).float()
     tracker = tracker_for({"w": start}, k=8, exact_every=100, oversample=16)
     tracker.analyse(0, {"w": start})
-    after = start + 0.4 * start.norm() / SIZE * gaussian(SIZE, SIZE, seed=84).float()
+    after = start + 0.8 * start.norm() / SIZE * gaussian(SIZE, SIZE, seed=84).float()
     flags = []
     for step in (1, 2, 3):
         tracker.analyse(step, {"w": after})
