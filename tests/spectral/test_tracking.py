@@ -1,9 +1,4 @@
-import io
-import logging
 import math
-import time
-from collections.abc import Callable
-from concurrent.futures import Future
 
 import pytest
 import torch
@@ -13,36 +8,8 @@ from svdtrain.spectral import null as N
 from svdtrain.spectral.decompose import decompose
 from svdtrain.spectral.settings import TrackerSettings
 from svdtrain.spectral.tracking import SubspaceTracker
-from svdtrain.spectral.worker import Worker
 from tests.spectral.reference import gaussian, zoo
-from tests.spectral.test_subspace import trained
-
-torch.set_num_threads(1)
-SIZE = 96
-SHAPES = {"q": (SIZE, SIZE), "k": (SIZE, SIZE), "fc": (2 * SIZE, SIZE), "proj": (SIZE, 2 * SIZE)}
-
-
-def make_weights() -> dict[str, torch.Tensor]:
-    return {name: trained(10 * i, *shape).float() for i, (name, shape) in enumerate(SHAPES.items())}
-
-
-def gradients(seed: int) -> dict[str, torch.Tensor]:
-    return {name: gaussian(*shape, seed=seed * 10 + i).float() for i, (name, shape) in enumerate(SHAPES.items())}
-
-
-def moved(weights: dict[str, torch.Tensor], seed: int, size: float = 0.002) -> dict[str, torch.Tensor]:
-    return {name: W + size * W.norm() / (g := gradients(seed)[name]).norm() * g for name, W in weights.items()}
-
-
-def tracker_for(weights: dict[str, torch.Tensor], k: int = 12, **settings) -> SubspaceTracker:
-    return SubspaceTracker(weights, dict.fromkeys(weights, k), TrackerSettings(**settings))
-
-
-def run(tracker: SubspaceTracker, weights: dict[str, torch.Tensor], steps: range) -> dict[str, torch.Tensor]:
-    for step in steps:
-        weights = moved(weights, step)
-        tracker.step(step, weights, gradients(step + 100))
-    return weights
+from tests.spectral.tracked import SIZE, gradients, make_weights, moved, run, tracker_for
 
 
 def test_first_report_is_exact_and_compares_with_nothing() -> None:
@@ -186,24 +153,6 @@ def test_a_new_direction_is_found_without_an_exact_analysis() -> None:
     assert values["update_share"] == pytest.approx(1, abs=0.05)
 
 
-def test_the_spectrum_of_a_matrix_that_became_another_one_is_decomposed_anew() -> None:
-    """Projections start at zero: their first updates are most of them, in directions that are not tracked. The values
-    behind the tracked ones kept the shape of the first analysis for twenty more, ten times too small at the end."""
-    start = (gaussian(SIZE, 24, seed=81) @ gaussian(24, SIZE, seed=82)).float()
-    start += 1e-3 * start.norm() / SIZE * gaussian(SIZE, SIZE, seed=83).float()
-    tracker = tracker_for({"w": start}, k=8, exact_every=100, oversample=16)
-    tracker.analyse(0, {"w": start})
-    after = start + 0.8 * start.norm() / SIZE * gaussian(SIZE, SIZE, seed=84).float()
-    flags = []
-    for step in (1, 2, 3):
-        tracker.analyse(step, {"w": after})
-        flags.append(tracker.poll()[-1].values["w"]["exact"])
-    assert flags == [0, 1, 0]
-    truth = torch.linalg.svdvals(after.double())
-    found = tracker.spectrum("w").double()
-    assert float(found[-SIZE // 8 :].norm()) == pytest.approx(float(truth[-SIZE // 8 :].norm()), rel=1e-3)
-
-
 def test_warm_errors_do_not_add_up() -> None:
     """Thirty analyses without an exact one end as close as the first."""
     weights = {"q": make_weights()["q"]}
@@ -214,16 +163,6 @@ def test_warm_errors_do_not_add_up() -> None:
         tracker.analyse(step, weights)
     assert all(report.values["q"]["exact"] == 0 for report in tracker.poll()[1:])
     assert float(M.subspace_angle(tracker.basis("q").U, decompose(weights["q"]).U, 12)) < 0.01
-
-
-def test_reports_are_taken_at_a_fixed_step_whenever_they_arrived() -> None:
-    weights = make_weights()
-    tracker = tracker_for(weights)
-    for step in range(4):
-        tracker.step(step, weights, gradients(step))
-    assert [(r.kind, r.step) for r in tracker.take(before=3)] == [("slow", 0), ("fast", 1), ("fast", 2)]
-    assert tracker.take(before=3) == []
-    assert [(r.kind, r.step) for r in tracker.take(before=9)] == [("fast", 3)]
 
 
 def test_rotation_numbers_agree_with_exact_ones() -> None:
@@ -259,250 +198,6 @@ def test_no_gap_is_said_instead_of_an_angle() -> None:
     assert math.isfinite(values["rho"])
 
 
-def test_analyses_are_staggered_and_exact_by_age() -> None:
-    weights = make_weights()
-    tracker = tracker_for(weights, interval=8, exact_every=3, stagger=4)
-    run(tracker, weights, range(1, 40))
-    slow = [report for report in tracker.poll() if report.kind == "slow"]
-    later = slow[1:]
-    assert all(len(report.values) == 1 for report in later)
-    for index, name in enumerate(SHAPES):
-        steps = [report.step for report in later if name in report.values]
-        assert all((step + 2 * index) % 8 == 0 for step in steps)
-        exact = [report.values[name]["exact"] for report in later if name in report.values]
-        assert exact.index(1) == (2 - index) % 3, "the first exact rounds must differ between matrices"
-
-
-def test_residual_and_request_and_width_ask_for_an_exact_analysis() -> None:
-    weights = make_weights()
-    tracker = tracker_for(weights, exact_every=100, residual_tolerance=1e-5, max_iterations=1, oversample=16)
-    tracker.analyse(0, weights)
-
-    def exact_flags(step: int, W: dict[str, torch.Tensor]) -> dict[str, float]:
-        tracker.analyse(step, W)
-        return {name: values["exact"] for name, values in tracker.poll()[-1].values.items()}
-
-    assert set(exact_flags(1, weights).values()) == {0}
-    jumped = moved(weights, 1, 0.1)
-    assert set(exact_flags(2, jumped).values()) == {0}  # warm, but its residual is over tolerance,
-    assert set(exact_flags(3, jumped).values()) == {1}  # so the next one is exact
-    tracker.request_exact(["fc"])
-    assert exact_flags(4, jumped) == {"q": 0, "k": 0, "fc": 1, "proj": 0}
-    tracker.set_cuts({"k": 36})  # more than the 32 directions that are known
-    assert tracker.basis("k").g >= 36
-    assert exact_flags(5, jumped) == {"q": 0, "k": 1, "fc": 0, "proj": 0}
-    assert float(M.subspace_angle(tracker.basis("k").U, decompose(jumped["k"]).U, 36)) < 1e-3
-    tracker.set_cuts({"q": 60})  # more than half of g: never iterated, analysed less often
-    assert exact_flags(6, jumped)["q"] == 1
-    assert exact_flags(7, jumped)["q"] == 1
-    assert [step for step in range(1, 161) if "q" in tracker.due(step)] == [80, 160]
-
-
-@pytest.mark.parametrize(
-    ("oversample", "k", "width"),
-    [(16, 30, 48), (4, 24, 32)],
-    ids=["of the 32 known directions", "of which 16 are known"],
-)
-def test_a_falling_rank_widens_a_basis_without_an_exact_analysis(oversample: int, k: int, width: int) -> None:
-    weights = make_weights()
-    tracker = tracker_for(weights, exact_every=100, oversample=oversample, max_iterations=8)
-    tracker.analyse(0, weights)
-    tracker.set_cuts({"k": k})
-    later = moved(weights, 1, 0.02)
-    tracker.analyse(1, later)
-    values = tracker.poll()[-1].values["k"]
-    assert values["exact"] == 0
-    assert values["residual"] < tracker.settings.residual_tolerance
-    truth = decompose(later["k"])
-    assert tracker.basis("k").g == width
-    gap = float((truth.S[k - 1] - truth.S[k]) / truth.S[0])
-    # Wedin: the angle at k is at most the residual over the gap there.
-    assert float(M.subspace_angle(tracker.basis("k").U, truth.U, k)) < values["residual"] / gap
-    torch.testing.assert_close(tracker.basis("k").S[:k], truth.S[:k], rtol=1e-3, atol=0)
-    tracker.observe(2, moved(later, 2))
-    share = tracker.poll()[-1].values["k"]["update/share"]
-    dW = moved(later, 2)["k"] - later["k"]
-    assert share == pytest.approx(float(M.principal_share(dW.double(), truth.U.double(), k)), rel=0.02)
-
-
-def test_what_a_gpu_decomposes_exactly_it_decomposes_together() -> None:
-    weights = make_weights()
-    tracker = tracker_for(weights, exact_every=6, exact_together=True)
-    flags = []
-    for step in range(12):
-        if step in (7, 9):
-            tracker.request_exact(["q"])
-        tracker.analyse(step, weights)
-        flags.append([values["exact"] for values in tracker.poll()[-1].values.values()])
-    assert [step for step in range(12) if sum(flags[step]) == 4] == [0, 6]
-    assert flags[7] == [1, 0, 0, 0]  # what was exact a moment ago does not join,
-    assert flags[9] == [1, 1, 0, 0]  # what would be due before long does, of its shape
-
-
-def test_unchanged_matrices_are_skipped_and_keep_their_reference() -> None:
-    weights = make_weights()
-    tracker = tracker_for(weights, exact_every=100, skip_tolerance=1e-3)
-    tracker.analyse(0, weights)
-    before = tracker.basis("k").U.clone()
-    after = {**weights, "q": moved(weights, 1, 0.05)["q"], "k": weights["k"] * (1 + 1e-5)}
-    tracker.analyse(1, after)
-    values = tracker.poll()[-1].values
-    assert {name: v["skipped"] for name, v in values.items()} == {"q": 0, "k": 1, "fc": 1, "proj": 1}
-    assert torch.equal(tracker.basis("k").U, before)
-    tracker.observe(2, after)
-    norm = tracker.poll()[-1].values["k"]["update/norm"]
-    assert norm == pytest.approx(1e-5 * float(weights["k"].norm()), rel=0.05)
-
-
-def test_a_broken_matrix_keeps_its_basis_and_warns(caplog: pytest.LogCaptureFixture) -> None:
-    weights = make_weights()
-    tracker = tracker_for(weights)
-    tracker.analyse(0, weights)
-    kept = tracker.basis("k").U.clone()
-    broken = {**moved(weights, 1), "k": torch.full_like(weights["k"], float("nan"))}
-    with caplog.at_level(logging.WARNING):
-        tracker.step(20, broken, gradients(1))
-        tracker.analyse(20, broken)
-        tracker.analyse(40, broken)  # now by the exact way
-    assert "k: analysis at step 20 failed" in caplog.text
-    assert "not finite" in caplog.text
-    assert torch.equal(tracker.basis("k").U, kept)
-    assert tracker.poll()[-1].values["q"]["ok"] == 1
-    tracker.analyse(60, moved(weights, 2))
-    assert tracker.poll()[-1].values["k"]["exact"] == 1
-
-
-def test_a_library_failure_keeps_everything_and_training_goes_on(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    weights = make_weights()
-    tracker = tracker_for(weights)
-    tracker.analyse(0, weights)
-    kept = tracker.basis("fc").U.clone()
-
-    def fails(*_, **__):
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr("svdtrain.spectral.analysis.warm_steps", fails)
-    with caplog.at_level(logging.WARNING):
-        tracker.analyse(20, moved(weights, 1))
-    assert "out of memory" in caplog.text
-    assert tracker.poll()[-1].values == {name: {"ok": 0.0} for name in weights}
-    assert torch.equal(tracker.basis("fc").U, kept)
-    tracker.analyse(40, moved(weights, 1))
-    assert {values["exact"] for values in tracker.poll()[-1].values.values()} == {1}
-
-
-def test_broken_from_the_start_gives_no_basis(caplog: pytest.LogCaptureFixture) -> None:
-    weights = make_weights()
-    weights["k"] = torch.full_like(weights["k"], float("inf"))
-    tracker = tracker_for(weights)
-    tracker.step(0, weights)
-    tracker.observe(1, weights)
-    assert set(tracker.poll()[-1].values) == {"q", "fc", "proj"}
-    with pytest.raises(LookupError):
-        tracker.basis("k")
-
-
-def test_resume_is_exact_and_its_state_is_safe_to_load() -> None:
-    settings = {"interval": 4, "exact_every": 3, "participation_every": 3}
-    straight, weights = tracker_for(make_weights(), **settings), make_weights()
-    weights = run(straight, weights, range(10))
-    straight.set_cuts({"k": 30, "q": 14})
-    weights = run(straight, weights, range(10, 13))
-    straight.flush()
-    file = io.BytesIO()
-    torch.save(straight.state_dict(), file)
-    file.seek(0)
-    resumed = tracker_for(make_weights(), **settings)
-    resumed.load_state_dict(torch.load(file, weights_only=True))
-    run(straight, weights, range(13, 30))
-    run(resumed, weights, range(13, 30))
-    one, two = straight.flush(), resumed.flush()
-    assert [(r.kind, r.step, r.values) for r in one] == [(r.kind, r.step, r.values) for r in two]
-    for name in SHAPES:
-        for field in ("U", "S", "V"):
-            a, b = getattr(straight.basis(name), field), getattr(resumed.basis(name), field)
-            assert torch.equal(a, b)
-
-
-class Late(Worker):
-    """The way of a GPU, on the CPU: a thread that begins when the next step has begun."""
-
-    def __init__(self) -> None:
-        super().__init__(torch.device("cpu"), beside=True)
-
-    def submit(self, work: Callable) -> Future:
-        def late() -> object:
-            time.sleep(0.002)
-            return work()
-
-        return super().submit(late)
-
-
-def test_a_worker_beside_the_step_changes_no_number() -> None:
-    inline = tracker_for(make_weights(), interval=4)
-    beside = SubspaceTracker(make_weights(), dict.fromkeys(SHAPES, 12), inline.settings, worker=Late())
-    for tracker in (inline, beside):
-        weights = make_weights()
-        for step in range(12):
-            G = gradients(step)
-            tracker.step(step, weights, G)
-            for tensor in (*weights.values(), *G.values()):  # as the next step does, while it is looked at
-                tensor.mul_(1.01).add_(0.01 * torch.sin(tensor))
-    state = beside.state_dict()["rows"]
-    for name, row in inline.state_dict()["rows"].items():
-        for field, value in row.items():
-            torch.testing.assert_close(state[name][field], value, rtol=0, atol=0)
-    one, two = inline.flush(), beside.flush()
-    assert sorted((r.kind, r.step) for r in one) == sorted((r.kind, r.step) for r in two)
-    values = {(r.kind, r.step): r.values for r in two}
-    assert all(values[r.kind, r.step] == r.values for r in one)
-
-
-def test_what_fails_beside_the_step_is_raised_by_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    weights = make_weights()
-    tracker = SubspaceTracker(weights, dict.fromkeys(SHAPES, 12), worker=Late())
-    tracker.analyse(0, weights)
-    tracker.settle()
-
-    def fails(*_, **__) -> None:
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr("svdtrain.spectral.fast_lane.fast_statistics", fails)
-    tracker.observe(1, weights)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        tracker.settle()
-    monkeypatch.undo()
-    tracker.observe(2, weights)
-    assert [report.step for report in tracker.flush() if report.kind == "fast"] == [2]
-
-
-def test_state_of_another_model_is_refused_and_changes_nothing() -> None:
-    weights = make_weights()
-    tracker = tracker_for(weights)
-    tracker.analyse(0, weights)
-    before = tracker.basis("q").U.clone()
-    state = tracker.state_dict()
-    with pytest.raises(ValueError, match="other matrices"):
-        tracker.load_state_dict({"rows": {**state["rows"], "extra": state["rows"]["q"]}})
-    with pytest.raises(ValueError, match="saved with shape"):
-        tracker.load_state_dict({"rows": {**state["rows"], "q": state["rows"]["fc"]}})
-    assert torch.equal(tracker.basis("q").U, before)
-
-
-def test_install_at_a_switch() -> None:
-    weights = make_weights()
-    tracker = tracker_for(weights)
-    tracker.analyse(0, weights)
-    after = moved(weights, 3, 0.1)
-    exact = decompose(after["q"])
-    tracker.install({"q": exact}, after, step=5)
-    torch.testing.assert_close(tracker.basis("q").U, exact.U[:, : tracker.basis("q").g], rtol=0, atol=0)
-    tracker.observe(6, after)
-    assert tracker.poll()[-1].values["q"] == {"update/finite": 1.0, "update/norm": 0.0}
-
-
 def test_bfloat16_weights_and_memory_table() -> None:
     weights = {name: W.bfloat16() for name, W in make_weights().items()}
     tracker = tracker_for(weights)
@@ -524,15 +219,3 @@ def test_edge_cuts_and_shapes(shape: tuple[int, int], k: int) -> None:
     assert math.isfinite(values["gradient/z"])
     tracker.analyse(5, W)
     assert tracker.poll()[-1].values["w"]["ok"] == 1
-
-
-def test_bad_input() -> None:
-    W = {"w": torch.zeros(4, 4)}
-    with pytest.raises(ValueError, match="a cut for each"):
-        SubspaceTracker(W, {})
-    with pytest.raises(ValueError, match=r"w: the cut must lie in \[0, 4\]"):
-        SubspaceTracker(W, {"w": 5})
-    with pytest.raises(ValueError, match="2-D"):
-        SubspaceTracker({"w": torch.zeros(4)}, {"w": 0})
-    with pytest.raises(ValueError, match="interval"):
-        TrackerSettings(interval=0)
