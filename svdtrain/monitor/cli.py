@@ -69,16 +69,18 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def explain(name: str) -> int:
-    """Print the text of a rule, or of all."""
+    """Print the text of an alert, or of all."""
     from svdtrain.monitor.rules import RULES
+    from svdtrain.monitor.written import WRITTEN
 
+    texts = {**RULES, **WRITTEN}
     if name == "all":
-        print("\n\n".join(rule.explain() for rule in RULES.values()))
+        print("\n\n".join(text.explain() for text in texts.values()))
         return EXIT_OK
-    if name not in RULES:
-        print(f"svd-monitor: no rule {name!r}; there are: {', '.join(RULES)}", file=sys.stderr)
+    if name not in texts:
+        print(f"svd-monitor: no rule {name!r}; there are: {', '.join(texts)}", file=sys.stderr)
         return EXIT_UNKNOWN
-    print(RULES[name].explain())
+    print(texts[name].explain())
     return EXIT_OK
 
 

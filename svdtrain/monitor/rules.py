@@ -14,13 +14,12 @@ from svdtrain.monitor.findings import CRITICAL, INFO, WARNING, Finding, Situatio
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rule:
-    """A named condition."""
+class Explanation:
+    """What an alert means and asks."""
 
     name: str
     level: str
-    """Of its findings, as a rule; `checkpoint` takes over the level it was told."""
-    check: Callable[[Situation, bool], Finding | None]
+    """As a rule; `checkpoint` takes over the level it was told."""
     fires: str
     resolves: str
     meaning: str
@@ -37,6 +36,13 @@ class Rule:
                 f"  to do     {self.to_do}",
             )
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule(Explanation):
+    """A named condition."""
+
+    check: Callable[[Situation, bool], Finding | None]
 
 
 RULES: dict[str, Rule] = {

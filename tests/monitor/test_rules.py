@@ -2,6 +2,8 @@
 
 import math
 import random
+import re
+from pathlib import Path
 
 import pytest
 from run_logs import CONFIG, LAYERS, analysis, record, switch, train, view_of
@@ -11,6 +13,7 @@ from svdtrain.monitor.findings import CRITICAL, INFO, WARNING, Finding, Situatio
 from svdtrain.monitor.forecast import fit_trend, steps_until
 from svdtrain.monitor.limits import limits_of
 from svdtrain.monitor.rules import RULES, evaluate
+from svdtrain.monitor.written import WRITTEN
 
 
 def found(*records, age_s: float = 0.0, active: tuple[str, ...] = (), config=None) -> dict[str, Finding]:
@@ -37,11 +40,20 @@ def test_a_healthy_run_raises_nothing() -> None:
     assert found(*records) == {}
 
 
-def test_rules_have_texts() -> None:
-    for name, rule in RULES.items():
-        text = rule.explain()
+def test_alerts_have_texts() -> None:
+    for name, alert in {**RULES, **WRITTEN}.items():
+        text = alert.explain()
         assert name in text
-        assert all(len(part) > 4 for part in (rule.fires, rule.resolves, rule.meaning, rule.to_do))
+        assert all(len(part) > 4 for part in (alert.fires, alert.resolves, alert.meaning, alert.to_do))
+
+
+def test_every_alert_that_training_writes_is_explained() -> None:
+    written = re.compile(r"""\.alert\((?:step, )?(?:"[A-Z]+"|event\["level"\]), "(\w+)""" + '"')
+    root = Path(__file__).resolve().parents[2]
+    sources = [p.read_text() for package in ("svdtrain", "nanochat_patch") for p in (root / package).rglob("*.py")]
+    names = {name for source in sources for name in written.findall(source)}
+    assert {"interference", "svd", "no_sidecar"} <= names
+    assert names <= {*RULES, *WRITTEN}
 
 
 @pytest.mark.parametrize(
