@@ -121,13 +121,15 @@ def build_trainer(
     if world.is_main:
         data.tokenizer.save(state.run.tokenizer_path)  # so that a run can be moved without its cache
     _describe(state, model, data, console)
-    return Trainer(
+    trainer = Trainer(
         state,
         [*build_hooks(config, model, device, world, console, data), *extra_hooks],
         build_optimizer=_optimizer_builder(config, world),
         evaluate=_evaluator(config, data, state),
         compile_model=_compiler(config, device),
     )
+    state.run.write_config(config.to_dict())
+    return trainer
 
 
 def build_model(config: RunConfig, vocab_size: int, device: torch.device) -> GPT:

@@ -218,7 +218,6 @@ def run(arguments: Arguments, console: "Console", argv: Sequence[str] = ()) -> i
         trainer = build_trainer(config, path, console)
         if (changed := changed_settings(saved, config)) and trainer.state.world.is_main:
             console.print(f"goes on with other settings: {changed}", style="yellow", soft_wrap=True, markup=False)
-        trainer.state.run.write_config(config.to_dict())
         trainer.fit(resume=resuming)
     state = trainer.state
     close_world(state.world)

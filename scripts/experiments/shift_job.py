@@ -122,7 +122,6 @@ def run_job(job: Job) -> None:
     rows = {"a": held_out(config, before), "b": held_out(config, after)}
     hooks = [FromOnset(job), Watch(rows, job.onset)]
     trainer = build_trainer(config, Path(job.run), Console(), extra_hooks=hooks, wrap_stream=wrap)
-    trainer.state.run.write_config(config.to_dict())
     trainer.fit(resume=job.resume)
 
 

@@ -21,6 +21,7 @@ def test_the_worked_hook_stops_training_and_saves(tmp_path) -> None:
     assert trainer.state.step == 0  # asked at the evaluation before the first step
     assert "below 100" in records(tmp_path / "run", "end")[0]["reason"]
     assert trainer.store.steps() == [0]
+    assert trainer.state.run.read_config() == trainer.state.config.to_dict()  # the monitor and a resume want it
 
 
 @pytest.mark.parametrize("event", [name for name in vars(Hook) if name.startswith("on_")])
