@@ -32,6 +32,8 @@ def main() -> int:
     parser.add_argument("flags", nargs=argparse.REMAINDER, help="-- and the flags of svdtrain")
     arguments = parser.parse_args()
     flags = [flag for flag in arguments.flags if flag != "--"]
+    if any(flag.split("=")[0] == "--run-dir" for flag in flags):
+        parser.error("the run has a directory of its own, which goes with it: leave --run-dir out")
     with tempfile.TemporaryDirectory() as directory:
         run = Path(directory) / "run"
         started = time.perf_counter()
