@@ -17,6 +17,7 @@ from nanochat_patch.options import Options, is_main_process
 from nanochat_patch.records import RunRecords
 from nanochat_patch.shield import GradientShield
 from svdtrain.adaptive import AttachedSVD, attach
+from svdtrain.adaptive.attach import register_first_post_hook
 
 logger = logging.getLogger(__name__)
 
@@ -86,10 +87,7 @@ class Session:
         svd = attach(model, optimizer, self.options.svd, log=_say, average_gradients=average)
         if shielded:
             optimizer.register_step_pre_hook(shield.leave)
-            shown = optimizer.register_step_post_hook(shield.show)
-            hooks = shown.hooks_dict_ref()
-            assert hooks is not None
-            hooks.move_to_end(shown.id, last=False)  # attach puts its own first, and looks at the gradients there
+            register_first_post_hook(optimizer, shield.show)  # before attach's own, which looks at the gradients
             shield.targets = {name: target.W for name, target in svd.targets.items()}
         return svd
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from svdtrain.adaptive import products
 from svdtrain.adaptive.controller import AdaptiveSVD
@@ -64,15 +65,12 @@ class AttachedSVD(AdaptiveSVD):
         if not self._adapter.host_clears_gradients:
             self._zero_grad = self._clearing(optimizer.zero_grad)
             optimizer.zero_grad = self._zero_grad  # type: ignore[method-assign]
+        # An average of weights must see the merged W, and what one writes to W must come after the merge, where it is
+        # seen: before the post hooks that are there already.
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
+            register_first_post_hook(optimizer, self._after_step),
         ]
-        # Before the post hooks that are there already: an average of weights must see the merged W, and what one writes
-        # to W must come after the merge, where it is seen.
-        hooks = self._handles[1].hooks_dict_ref()
-        assert hooks is not None
-        hooks.move_to_end(self._handles[1].id, last=False)
 
     def _default_adapter(self, optimizer: torch.optim.Optimizer, targets: Mapping[str, nn.Parameter]) -> Adapter:
         if self._shards is not None:
@@ -290,6 +288,15 @@ def attach(
         average_gradients=average_gradients,
         reference_loss=reference_loss,
     )
+
+
+def register_first_post_hook(optimizer: torch.optim.Optimizer, hook: Callable[..., None]) -> RemovableHandle:
+    """A step post hook that is called before those that are registered already."""
+    handle = optimizer.register_step_post_hook(hook)
+    hooks = handle.hooks_dict_ref()
+    assert hooks is not None
+    hooks.move_to_end(handle.id, last=False)
+    return handle
 
 
 def _innermost(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from svdtrain.adaptive import products
 from svdtrain.adaptive.analysis import History, decompose_all, measure, starting_rank
 from svdtrain.adaptive.factors import FactoredWeight
+from svdtrain.adaptive.guard import UpdateGuard
 from svdtrain.adaptive.monitor import Monitor
 from svdtrain.adaptive.policy import Measurement, should_use_lowrank_training
 from svdtrain.adaptive.registration import Adapter, Reregister
@@ -82,8 +83,7 @@ class AdaptiveSVD:
     # --- the training loop calls these ---
 
     def keep_foreign_writes(self, *, wait: bool = False) -> None:
-        """Before a step: what somebody else has written to a low-rank W since the last one stays, with a warning.
-        `wait`: on a GPU, too, look for writes that PyTorch does not count, where checksums were noted."""
+        """Before a step: what others have written to a low-rank W stays. `wait`: see `Transitions`."""
         self._transitions.keep_foreign_writes(self.targets.values(), wait=wait)
 
     def project_gradients(self) -> None:
@@ -95,7 +95,7 @@ class AdaptiveSVD:
     def _keep_weights(self) -> None:
         """As they are before anything of the step has moved."""
         self._before = products.remember(self._factors()) if self.config.svd_match_rms else []
-        for guard in (t.guard for t in self.targets.values() if t.guard is not None):
+        for guard in self._guards():
             guard.before_step()
 
     def after_step(self, step: int, stepped: bool = True) -> list[Change]:
@@ -132,7 +132,7 @@ class AdaptiveSVD:
         self._adapter.after_step()
         products.match_updates(self._before, self._adapter.full_update_norms)
         products.merge(self._factors())
-        for guard in (t.guard for t in self.targets.values() if t.guard is not None):
+        for guard in self._guards():
             guard.after_step(match_rms=self.config.svd_match_rms)
 
     def clear_gradients(self) -> None:
@@ -276,6 +276,9 @@ class AdaptiveSVD:
     def _factors(self) -> list[FactoredWeight]:
         return [t.factors for t in self.targets.values() if t.factors is not None]
 
+    def _guards(self) -> list[UpdateGuard]:
+        return [t.guard for t in self.targets.values() if t.guard is not None]
+
     def _analyse(self, step: int) -> list[Change]:
         """The exact engine: decompose everything, then decide matrix by matrix."""
         ready = [target for target in self.targets.values() if self._has_finite_numbers(target, step)]
@@ -358,14 +361,12 @@ class AdaptiveSVD:
     def _decide(self, target: Target, measured: Measurement, r: int, step: int) -> Decision:
         if target.name in self._interference:
             measured = dataclasses.replace(measured, interference=self._interference[target.name])
-        use_lowrank, r_next, diagnostics = self._ask_policy(target, measured, r, step)
-        return Decision(target, measured, use_lowrank, r_next, diagnostics)
+        return Decision(target, measured, *self._ask_policy(target, measured, r, step))
 
     def _remember(self, decision: Decision, extras: Mapping[str, float] | None = None) -> None:
         target = decision.target
         target.r = decision.r
-        # Not dataclasses.asdict, which copies deeply and takes a while.
-        numbers = {key: float(value) for key, value in vars(decision.measured).items() if key != "r_next"}
+        numbers = {key: float(value) for key, value in vars(decision.measured).items() if key != "r_next"}  # no copies
         state = {"r": float(decision.r), "mode": float(target.lowrank)}
         target.metrics = {**numbers, **(extras or {}), **target.drift, **state}
 
@@ -386,8 +387,7 @@ class AdaptiveSVD:
         return use_lowrank, r_next, diagnostics
 
     def _apply(self, decisions: list[Decision], found: Mapping[str, Decomposition], step: int) -> list[Change]:
-        """Bring the matrices into the decided modes and ranks, all together. What stays low-rank and is not in `found`
-        keeps its split."""
+        """Bring all into the decided modes and ranks; what stays low-rank and is not in `found` keeps its split."""
         before = [(d.target.lowrank, d.target.num_free_directions) for d in decisions]
         moving = [d for d in decisions if not (d.use_lowrank and d.target.lowrank) or d.target.name in found]
         moves = [Move(target=d.target, r=d.new_rank, decomposition=found.get(d.target.name)) for d in moving]
